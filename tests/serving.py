@@ -1,0 +1,98 @@
+"""Start Hayhooks and deploy a wrapper to it the way a user does: `hayhooks run`, then `deploy-files`."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+EXAMPLE = Path(__file__).resolve().parent.parent
+NAME = "async_hybrid_streaming"
+HAYHOOKS = f"{sysconfig.get_path('scripts')}/hayhooks"
+
+
+class DeployError(Exception):
+    """What the CLI printed when a deploy was refused."""
+
+
+class Server:
+    """A running `hayhooks run`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, environment: dict[str, str], folder: Path) -> None:
+        self.process = process
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = environment
+        self.folder = folder
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+    def deploy(self, wrapper: Path, name: str = NAME) -> None:
+        """Deploy a copy of the wrapper alone; raise DeployError with the CLI's output when it is refused."""
+        with tempfile.TemporaryDirectory() as clean:
+            shutil.copy(wrapper, Path(clean) / "pipeline_wrapper.py")
+            command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, clean]
+            done = subprocess.run(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode:
+            raise DeployError(done.stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], timeout: float = 60) -> None:
+    """Block until the URL answers; raise RuntimeError when the process ends or `timeout` seconds pass first."""
+    until = time.monotonic() + timeout
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"{url} never answered")
+
+
+@contextlib.contextmanager
+def hayhooks(*options: str, **variables: str) -> Iterator[Server]:
+    """Run a Hayhooks server with these variables and none of the caller's own, and end it afterwards."""
+    port = int(variables.get("HAYHOOKS_PORT") or free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        ours = ("OPENAI_", "HAYHOOKS_", "MAX_CONCURRENT_STREAMS")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        environment = {
+            **inherited,
+            "HAYHOOKS_HOST": "127.0.0.1",
+            "HAYHOOKS_PORT": str(port),
+            "HAYHOOKS_PIPELINES_DIR": f"{folder}/pipelines",
+            "HAYSTACK_TELEMETRY_ENABLED": "False",
+            **variables,
+        }
+        with open(f"{folder}/server.log", "wb") as log:
+            process = subprocess.Popen(
+                [HAYHOOKS, "run", *options], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/status", process)
+            yield Server(process, port, environment, Path(folder))
+        finally:
+            process.terminate()
+            process.wait()

@@ -1,0 +1,196 @@
+"""A scripted upstream: on the wire it behaves like OpenAI's chat completions, and it fails when told to.
+
+A test sets `upstream.reply`, and afterwards asks `upstream.received` what arrived and what became of it.
+Run as a program it listens on the given port, and each prompt says, as JSON, which reply it wants.
+"""
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import uvicorn
+
+USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+
+
+@dataclass
+class Reply:
+    """What to answer. `pace` is in seconds; a `gated` reply sends its next token when `Upstream.release` is called."""
+
+    tokens: Sequence[str] = ("Hello", ", ", "world", "!")
+    pace: float = 0.0
+    gated: bool = False
+    finish_reason: str | None = "stop"
+    then: Literal["end", "break", "stall", "error", "nonsense"] = "end"
+    error: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Received:
+    """One request, and how far its answer came."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+    sent: int = 0
+    left: bool = False
+    over: bool = False
+
+
+class Upstream:
+    """An ASGI application in a thread of its own; use it as a context manager."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.reply: Reply | Callable[[dict[str, Any]], Reply] = Reply()
+        self.received: list[Received] = []
+        self.released = self.open = self.most_open = 0
+        self.changed = threading.Condition()
+        config = uvicorn.Config(
+            self, port=port, log_level="critical", lifespan="off", timeout_keep_alive=60, timeout_graceful_shutdown=0
+        )
+        self.server = uvicorn.Server(config)
+
+    def __enter__(self) -> "Upstream":
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()))
+        self.thread.start()
+        while not self.server.started and self.thread.is_alive():
+            time.sleep(0.01)
+        self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+    async def serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.gate = asyncio.Condition()
+        await self.server.serve()
+
+    def forget(self) -> None:
+        """Go back to the beginning."""
+        self.reply = Reply()
+        self.received.clear()
+        self.released = self.open = self.most_open = 0
+
+    def release(self) -> None:
+        """Let every gated reply send one token more."""
+
+        async def release() -> None:
+            async with self.gate:
+                self.released += 1
+                self.gate.notify_all()
+
+        asyncio.run_coroutine_threadsafe(release(), self.loop).result()
+
+    async def is_released(self, number: int) -> None:
+        async with self.gate:
+            await self.gate.wait_for(lambda: self.released >= number)
+
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 30) -> None:
+        """Block until the condition holds; raise TimeoutError after `timeout` seconds."""
+        with self.changed:
+            if not self.changed.wait_for(condition, timeout):
+                raise TimeoutError(f"the upstream never came so far: {self.received}")
+
+    def note(self, received: Received, **changes: Any) -> None:
+        with self.changed:
+            for name, value in changes.items():
+                setattr(received, name, value)
+            self.changed.notify_all()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        content = b""
+        while (message := await receive())["type"] == "http.request":
+            content += message["body"]
+            if not message["more_body"]:
+                break
+        if scope["method"] == "GET":
+            statistics = [asdict(received) for received in self.received]
+            return await self.send_json(send, 200, statistics)
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        received = Received(scope["path"], headers, json.loads(content))
+        self.received.append(received)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        self.note(received)
+        reply = self.reply(received.body) if callable(self.reply) else self.reply
+
+        answering = asyncio.ensure_future(self.answer(received, reply, send))
+        leaving = asyncio.ensure_future(receive())
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        self.open -= 1
+        self.note(received, left=not answering.done(), over=True)
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
+        if answering.done() and not answering.cancelled() and answering.exception():
+            raise ConnectionAbortedError  # uvicorn closes the connection without ending the body
+
+    async def answer(self, received: Received, reply: Reply, send: Any) -> None:
+        if reply.status != 200:
+            return await self.send_json(send, reply.status, reply.error, reply.headers)
+        if not received.body.get("stream"):
+            message = {"role": "assistant", "content": "".join(reply.tokens)}
+            choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+            return await self.send_json(send, 200, {**self.frame("", received), "choices": [choice], "usage": USAGE})
+        await self.start(send, 200, {"content-type": "text/event-stream", **reply.headers})
+        await self.event(send, received, delta={"role": "assistant", "content": ""})
+        begin = self.loop.time()
+        for number, token in enumerate(reply.tokens, start=1):
+            if reply.gated:
+                await self.is_released(number)
+            elif reply.pace:
+                await asyncio.sleep(begin + number * reply.pace - self.loop.time())
+            await self.event(send, received, delta={"content": token})
+            self.note(received, sent=number)
+        if reply.then == "stall":
+            await asyncio.Event().wait()
+        if reply.then == "break":
+            raise ConnectionAbortedError
+        if reply.then == "error":
+            await send(body(b"data: " + json.dumps({"error": reply.error}).encode() + b"\n\n"))
+        elif reply.then == "nonsense":
+            await send(body(b"data: {not JSON\n\n"))
+        elif reply.finish_reason:
+            await self.event(send, received, finish_reason=reply.finish_reason)
+            if (received.body.get("stream_options") or {}).get("include_usage"):
+                usage = {**self.frame(".chunk", received), "choices": [], "usage": USAGE}
+                await send(body(b"data: " + json.dumps(usage).encode() + b"\n\n"))
+        await send(body(b"data: [DONE]\n\n"))
+        await send(body(b"", more=False))
+
+    def frame(self, kind: str, received: Received) -> dict[str, Any]:
+        return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": received.body["model"]}
+
+    async def event(self, send: Any, received: Received, delta: Any = None, finish_reason: str | None = None) -> None:
+        choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
+        await send(
+            body(b"data: " + json.dumps({**self.frame(".chunk", received), "choices": [choice]}).encode() + b"\n\n")
+        )
+
+    async def start(self, send: Any, status: int, headers: dict[str, str]) -> None:
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def send_json(self, send: Any, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        await self.start(send, status, {"content-type": "application/json", **(headers or {})})
+        await send(body(json.dumps(content).encode(), more=False))
+
+
+def body(content: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+if __name__ == "__main__":
+    with Upstream(int(sys.argv[1])) as upstream:
+        upstream.reply = lambda body: Reply(**json.loads(body["messages"][-1]["content"]))
+        upstream.thread.join()
