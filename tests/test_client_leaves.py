@@ -1,0 +1,87 @@
+"""A client that leaves stops the upstream, and gives its thread back."""
+
+import contextlib
+import socket
+
+import psutil
+from conftest import KEY, Chat, text_of
+from serving import EXAMPLE, Server, hayhooks
+from upstream import Received, Reply, Upstream
+
+LONG = Reply(tokens=[f"{number} " for number in range(10_000)], pace=0.05)
+
+
+def read_five_and_leave(chat: Chat, clients: int = 1) -> None:
+    with contextlib.ExitStack() as leaving:
+        for events in [leaving.enter_context(chat.open()) for _ in range(clients)]:
+            for _ in range(5):
+                next(events)
+
+
+def wait_until_over(upstream: Upstream, requests: int = 1) -> list[int]:
+    """Return how many tokens each answer had sent when the server closed it."""
+    upstream.wait_until(lambda: len(upstream.received) == requests and all(one.over for one in upstream.received))
+    assert all(one.left for one in upstream.received)
+    return [one.sent for one in upstream.received]
+
+
+def connections(server: Server, upstream: Upstream) -> int:
+    found = psutil.Process(server.process.pid).net_connections()
+    return sum(one.status == "ESTABLISHED" and bool(one.raddr) and one.raddr.port == upstream.port for one in found)
+
+
+def test_the_upstream_stops_within_two_tokens(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = LONG
+    with chat.open() as events:
+        for _ in range(5):
+            next(events)
+        before = upstream.received[0].sent
+    assert wait_until_over(upstream)[0] - before <= 2
+    upstream.reply = Reply()
+    assert text_of(chat.events()) == "Hello, world!"
+    assert "Traceback" not in chat.server.log
+    assert "never retrieved" not in chat.server.log
+
+
+def test_leaving_before_the_first_token_is_noticed_with_it(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = Reply(tokens=LONG.tokens, gated=True)
+    with socket.create_connection(("127.0.0.1", chat.server.port)) as client:
+        body = chat.http.build_request("POST", "/v1/chat/completions", json=chat.request(stream=True))
+        head = "".join(f"{name}: {value}\r\n" for name, value in body.headers.items())
+        client.sendall(f"POST {body.url.path} HTTP/1.1\r\n{head}\r\n".encode() + body.content)
+        upstream.wait_until(lambda: upstream.received)
+    received: Received = upstream.received[0]
+    while not received.over:
+        upstream.release()
+        upstream.wait_until(lambda: received.over or received.sent == upstream.released)
+    assert received.left
+    assert "Traceback" not in chat.server.log
+
+
+def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:
+    upstream.reply = LONG
+    variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT": "1"}
+    with hayhooks(**variables) as server, contextlib.ExitStack() as clients:
+        server.deploy(EXAMPLE / "pipeline_wrapper.py")
+        for events in [clients.enter_context(Chat(server).open()) for _ in range(5)]:
+            next(events)
+        server.process.terminate()
+        server.process.wait()
+        wait_until_over(upstream, 5)
+        assert "Traceback" not in server.log
+
+
+def test_threads_and_connections_return(chat: Chat, upstream: Upstream) -> None:
+    process = psutil.Process(chat.server.process.pid)
+    threads = []
+    for _ in range(3):
+        upstream.forget()
+        upstream.reply = LONG
+        read_five_and_leave(chat, clients=20)
+        assert all(sent < 50 for sent in wait_until_over(upstream, 20))
+        upstream.forget()
+        assert text_of(chat.events()) == "Hello, world!"
+        threads.append(process.num_threads())
+        assert connections(chat.server, upstream) <= 1
+    assert threads[0] == threads[1] == threads[2]
+    assert "Traceback" not in chat.server.log
