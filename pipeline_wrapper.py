@@ -7,12 +7,12 @@ goes wrong without it, and can be deleted alone.
 import asyncio
 import functools
 import json
-import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import openai
@@ -64,7 +64,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        close_upstream_with_client(llm)
+        read_while_wanted(llm)
         self.threads = ThreadPoolExecutor(settings.MAX_CONCURRENT_STREAMS, "stream")
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -173,40 +173,45 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-CLIENT_LEFT: ContextVar[threading.Event] = ContextVar("client_left")
+MORE_WANTED: ContextVar[SimpleQueue[bool]] = ContextVar("more_wanted")
 
 
 async def until_client_leaves(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Tell the component's thread, which runs in a copy of this context, when nobody reads its answer any more."""
-    client_left = threading.Event()
-    CLIENT_LEFT.set(client_left)
+    """Tell the component's thread, which gets a copy of this context, after each chunk whether the client is there."""
+    more_wanted: SimpleQueue[bool] = SimpleQueue()
+    MORE_WANTED.set(more_wanted)
     try:
         async for chunk in chunks:
             yield chunk
+            more_wanted.put(True)
     finally:
-        client_left.set()
+        more_wanted.put(False)
 
 
-def close_upstream_with_client(llm: OpenAIGenerator) -> None:
-    """Without it a user who presses Stop goes on being billed: cancelling a pipeline does not end its threads."""
+def read_while_wanted(llm: OpenAIGenerator) -> None:
+    """Close the upstream when the client has left, and read no further ahead than the client does.
+
+    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
+    threads that read ahead, a hundred of them, keep the event loop from sending first tokens.
+    """
     create = llm.client.chat.completions.create
 
-    def read(upstream: openai.Stream[Any], client_left: threading.Event) -> Iterator[Any]:
+    def read(upstream: openai.Stream[Any], more_wanted: SimpleQueue[bool]) -> Iterator[Any]:
         try:
             with upstream:
                 for chunk in upstream:
                     yield chunk
-                    if client_left.is_set():
+                    if not more_wanted.get():
                         return
         except Exception:
-            if not client_left.is_set():  # otherwise nobody fetches it, and asyncio logs a traceback
+            if more_wanted.empty():  # if not, nobody is left to fetch it, and asyncio would log a traceback
                 raise
 
-    def stoppable(**kwargs: Any) -> Any:
-        client_left = CLIENT_LEFT.get(None)
-        return read(create(**kwargs), client_left) if client_left else create(**kwargs)
+    def create_and_read(**kwargs: Any) -> Any:
+        more_wanted = MORE_WANTED.get(None)
+        return read(create(**kwargs), more_wanted) if more_wanted else create(**kwargs)
 
-    vars(llm.client.chat.completions).update(create=stoppable)
+    vars(llm.client.chat.completions).update(create=create_and_read)
 
 
 async def openai_chunks(

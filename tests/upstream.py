@@ -1,7 +1,7 @@
 """A scripted upstream: on the wire it behaves like OpenAI's chat completions, and it fails when told to.
 
 A test sets `upstream.reply`, and afterwards asks `upstream.received` what arrived and what became of it.
-Run as a program it listens on the given port, and each prompt says, as JSON, which reply it wants.
+Run as a program it listens on the given port; each prompt says which reply it wants, and GET tells what became of all.
 """
 
 import asyncio
@@ -190,7 +190,13 @@ def body(content: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
+def reply_for(request: dict[str, Any]) -> Reply:
+    """Read the reply from the prompt, such as {"tokens": 50, "pace": 0.02}: so many numbered tokens."""
+    wanted = json.loads(request["messages"][-1]["content"])
+    return Reply(tokens=[f"{number} " for number in range(wanted["tokens"])], pace=wanted["pace"])
+
+
 if __name__ == "__main__":
     with Upstream(int(sys.argv[1])) as upstream:
-        upstream.reply = lambda body: Reply(**json.loads(body["messages"][-1]["content"]))
+        upstream.reply = reply_for
         upstream.thread.join()

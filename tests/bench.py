@@ -1,0 +1,253 @@
+"""Measure this example against its upstream, the plain example and the async way, all in one run.
+
+Prints Markdown tables. A full run also draws `benchmark.svg` beside this file.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from readme import python_block
+from rich.progress import track
+from serving import EXAMPLE, NAME, free_port, hayhooks, wait_for
+
+TESTS = Path(__file__).parent
+DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain example", "this example", "the async way"
+TOKENS, PACE = 50, 0.02
+
+
+@dataclass
+class Variant:
+    """One way to the same upstream; `process` is the server's, None for the upstream itself."""
+
+    name: str
+    port: int
+    process: psutil.Process | None = None
+
+
+@dataclass
+class Round:
+    """What one round measured: times to first token and the whole round in seconds, answers that came complete."""
+
+    first_tokens: list[float]
+    seconds: float
+    chunks: int
+    complete: int
+    memory: int = 0
+    threads: int = 0
+
+
+@contextlib.contextmanager
+def variants() -> Iterator[tuple[int, list[Variant]]]:
+    """Start every variant in a process of its own; yields the upstream's port too."""
+    with contextlib.ExitStack() as running:
+        port = free_port()
+        process = subprocess.Popen([sys.executable, TESTS / "upstream.py", str(port)])
+        running.callback(process.wait)
+        running.callback(process.terminate)
+        wait_for(f"http://127.0.0.1:{port}/", process)
+        started = [Variant(DIRECT, port)]
+        folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator", "AsyncPipeline"))
+        wrappers = {
+            PLAIN: TESTS / "plain_wrapper.py",
+            OURS: EXAMPLE / "pipeline_wrapper.py",
+            ASYNC: folder / "async_way.py",
+        }
+        for name, wrapper in wrappers.items():
+            server = running.enter_context(
+                hayhooks(OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1", HAYHOOKS_LOG_LEVEL="error")
+            )
+            server.deploy(wrapper)
+            started.append(Variant(name, server.port, psutil.Process(server.process.pid)))
+        yield port, started
+
+
+async def ask(port: int, tokens: int, pace: float, leave_after: int | None = None) -> tuple[float, str]:
+    """Stream one answer; returns the seconds to its first token, and its text."""
+    prompt = json.dumps({"tokens": tokens, "pace": pace})
+    body = json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": prompt}]})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close"
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    first_token, text, seen = 0.0, [], 0
+    async for line in reader:
+        if not line.startswith(b"data: {"):
+            continue
+        content = json.loads(line[6:])["choices"][0]["delta"].get("content")
+        if content:
+            first_token = first_token or time.perf_counter() - start
+            text.append(content)
+            seen += 1
+            if seen == leave_after:
+                break
+    writer.close()
+    return first_token, "".join(text)
+
+
+async def measure(variant: Variant, streams: int, tokens: int, pace: float) -> Round:
+    """Open so many streams at once, and wait for all of them."""
+    memory = threads = 0
+
+    async def watch(process: psutil.Process) -> None:
+        nonlocal memory, threads
+        while True:
+            memory, threads = max(memory, process.memory_info().rss), max(threads, process.num_threads())
+            await asyncio.sleep(0.1)
+
+    watching = asyncio.ensure_future(watch(variant.process)) if variant.process else None
+    start = time.perf_counter()
+    answers = await asyncio.gather(*(ask(variant.port, tokens, pace) for _ in range(streams)))
+    seconds = time.perf_counter() - start
+    if watching:
+        watching.cancel()
+    whole = "".join(f"{number} " for number in range(tokens))
+    complete = sum(text == whole for _, text in answers)
+    return Round([first for first, _ in answers], seconds, streams * tokens, complete, memory, threads)
+
+
+def tokens_after_leaving(upstream: int, variant: Variant) -> int:
+    """Return how many tokens the upstream still sent after the client left at token 5 of 200."""
+    asyncio.run(ask(variant.port, 200, PACE, leave_after=5))
+    while not (received := statistics_of(upstream)[-1])["over"]:
+        time.sleep(PACE)
+    return int(received["sent"]) - 5
+
+
+def statistics_of(upstream: int) -> list[dict[str, int]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{upstream}/") as response:
+        received: list[dict[str, int]] = json.load(response)
+    return received
+
+
+def cpu_per_chunk(variant: Variant, tokens: int = 3000) -> float:
+    """Return the server's CPU time in microseconds for a chunk of one stream as fast as it goes."""
+    assert variant.process
+    before = variant.process.cpu_times()
+    asyncio.run(ask(variant.port, tokens, 0))
+    after = variant.process.cpu_times()
+    return (after.user + after.system - before.user - before.system) / tokens * 1e6
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms"
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    for row in (head, ["---", *["--:"] * (len(head) - 1)], *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    grey = "#808080"  # readable on white and on black
+    colours = {DIRECT: grey, PLAIN: "#e0524d", OURS: "#2f9e6e", ASYNC: "#4a86e8"}
+    style = {"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey, "ytick.color": grey}
+    with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": NAME, "font.family": "sans-serif"}):
+        figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+        for name, colour in colours.items():
+            axes.plot(levels, [p95[name, level] for level in levels], "o-", color=colour, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="streams at a time", ylabel="time to first token, p95")
+        axes.set_xticks(levels, [str(level) for level in levels])
+        seconds = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
+        axes.set_yticks(seconds, [f"{second:g} s" for second in seconds])
+        axes.minorticks_off()
+        axes.grid(color=grey, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        figure.savefig(TESTS / "benchmark.svg", transparent=True, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./tests/run bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round and fewer streams: a minute instead of ten")
+    options = parser.parse_args()
+    levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 3)
+
+    results: dict[tuple[str, int], list[Round]] = defaultdict(list)
+    cpu: dict[str, list[float]] = defaultdict(list)
+    with variants() as (upstream, started):
+        servers = [variant for variant in started if variant.process]
+        for variant in started:  # the first requests pay for imports and connections
+            asyncio.run(measure(variant, 10, 5, 0))
+        jobs = [(level, variant) for _ in range(rounds) for level in levels for variant in started]
+        for level, variant in track(jobs, description="Measuring"):
+            for _ in range(10 if level == 1 else 1):
+                results[variant.name, level].append(asyncio.run(measure(variant, level, TOKENS if level > 1 else 5, PACE)))
+        for _ in range(rounds):
+            for variant in servers:
+                cpu[variant.name].append(cpu_per_chunk(variant))
+        left = {variant.name: tokens_after_leaving(upstream, variant) for variant in started}
+
+    def median(name: str, level: int, percent: int) -> float:
+        return statistics.median(percentile(one.first_tokens, percent) for one in results[name, level])
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("hayhooks", "haystack-ai", "openai"))
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    print(f"\n{datetime.date.today()}, {versions}, {python}; answers of {TOKENS} tokens, {PACE * 1000:.0f} ms apart;")
+    print(f"medians of {rounds} round(s).\n")
+    names = [variant.name for variant in started]
+
+    rows = [[str(level), *(milliseconds(median(name, level, p)) for name in names for p in (50, 95))] for level in levels]
+    print("Time to first token, p50 and p95:\n")
+    table(["streams", *(f"{name}, {p}" for name in names for p in ("p50", "p95"))], rows)
+    rows = [
+        [str(level), *(f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}" for name in names)]
+        for level in levels
+    ]
+    print("Chunks per second:\n")
+    table(["streams", *names], rows)
+    most = levels[-1]
+    rows = [
+        [
+            name,
+            f"{min(one.complete for one in results[name, most])} of {most}",
+            str(left[name]),
+            *(f"{statistics.median(values):.0f} µs" for values in [cpu[name]] if values),
+            f"{max(one.memory for one in results[name, most]) / 2**20:.0f} MiB",
+            str(max(one.threads for one in results[name, most])),
+        ]
+        for name in names[1:]
+    ]
+    print("Per server:\n")
+    sent = "tokens sent after the client left"
+    head = ["", f"complete at {most}", sent, "CPU per chunk", f"memory at {most}", f"threads at {most}"]
+    table(head, rows)
+
+    level = min(100, most)
+    ours, plain, theirs = (median(name, level, 95) for name in (OURS, PLAIN, ASYNC))
+    print(f"At {level} streams, p95 to the first token is {ours / plain:.2f} of the plain example's")
+    print(f"and {ours / theirs:.2f} of the async way's; one stream alone starts")
+    print(f"{(median(OURS, 1, 50) - median(DIRECT, 1, 50)) * 1000:.0f} ms later than from the upstream directly.")
+    if not options.quick:
+        draw(levels, {(name, level): median(name, level, 95) for name in names for level in levels})
+
+
+if __name__ == "__main__":
+    main()
