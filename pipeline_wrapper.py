@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -173,19 +174,31 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-MORE_WANTED: ContextVar[SimpleQueue[bool]] = ContextVar("more_wanted")
+@dataclass
+class Reading:
+    """What the event loop and the component's thread share about one answer."""
+
+    more_wanted: SimpleQueue[bool] = field(default_factory=SimpleQueue)
+    upstream: openai.Stream[Any] | None = None
+
+
+READING: ContextVar[Reading] = ContextVar("reading")
 
 
 async def until_client_leaves(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     """Tell the component's thread, which gets a copy of this context, after each chunk whether the client is there."""
-    more_wanted: SimpleQueue[bool] = SimpleQueue()
-    MORE_WANTED.set(more_wanted)
+    reading = Reading()
+    READING.set(reading)
     try:
         async for chunk in chunks:
             yield chunk
-            more_wanted.put(True)
+            reading.more_wanted.put(True)
+    except Exception:
+        if reading.upstream:  # left open, the garbage collector closes it, and httpcore's pool can lock up at that
+            reading.upstream.close()
+        raise
     finally:
-        more_wanted.put(False)
+        reading.more_wanted.put(False)
 
 
 def read_while_wanted(llm: OpenAIGenerator) -> None:
@@ -208,8 +221,11 @@ def read_while_wanted(llm: OpenAIGenerator) -> None:
                 raise
 
     def create_and_read(**kwargs: Any) -> Any:
-        more_wanted = MORE_WANTED.get(None)
-        return read(create(**kwargs), more_wanted) if more_wanted else create(**kwargs)
+        upstream, reading = create(**kwargs), READING.get(None)
+        if reading is None:
+            return upstream
+        reading.upstream = upstream
+        return read(upstream, reading.more_wanted)
 
     vars(llm.client.chat.completions).update(create=create_and_read)
 
@@ -268,11 +284,11 @@ async def stream(answer: AsyncGenerator[ChatCompletion, None]) -> AsyncGenerator
 def http_error(error: BaseException) -> HTTPException:
     """Tell the caller what the upstream did, but nothing of the server's key, and the operator's log the cause."""
     causes = [error]
-    while causes[-1].__cause__:
-        causes.append(causes[-1].__cause__)
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
     api = next((cause for cause in causes if isinstance(cause, openai.APIError)), None)
     status, request_id = getattr(api, "status_code", None), getattr(api, "request_id", None)
-    log.error("The upstream failed: status {}, request id {}, {!r}", status, request_id, causes[-1])
+    log.error("The upstream failed: status {}, request id {}, {!r}", status, request_id, api if status else causes[-1])
     if isinstance(api, openai.APIStatusError) and api.status_code in (400, 422, 429):
         message = api.body.get("message") if isinstance(api.body, dict) else None
         headers = {name: value for name, value in api.response.headers.items() if name.lower() == "retry-after"}

@@ -48,6 +48,7 @@ def ask(server: Server, question: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./tests/run demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop after the first answer")
+    parser.add_argument("--chat", action="store_true", help="serve Hayhooks' own chat page too")
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -61,7 +62,8 @@ def main() -> None:
             print(f"No OPENAI_API_KEY, so {MODEL} answers, on this machine.")
             url = running.enter_context(local_model())
             settings.update(OPENAI_API_KEY="local", OPENAI_BASE_URL=url, OPENAI_MODEL=MODEL)
-        server = running.enter_context(hayhooks(HAYHOOKS_PORT=port_to_use(), **settings))
+        chat = ["--with-chainlit"] if options.chat else []
+        server = running.enter_context(hayhooks(*chat, HAYHOOKS_PORT=port_to_use(), **settings))
         try:
             server.deploy(EXAMPLE / "pipeline_wrapper.py")
             ask(server, QUESTION)
@@ -69,6 +71,8 @@ def main() -> None:
             sys.exit(str(error))
         except urllib.request.HTTPError as error:
             sys.exit(f"{error.code}: {error.read().decode()}")
+        if options.chat:
+            print(f"Or chat in a browser: {server.url}/chat\n")
         if not options.once:
             print("Ctrl-C stops it.")
             server.process.wait()

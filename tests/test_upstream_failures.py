@@ -129,9 +129,19 @@ def test_run_answers_with_the_same_statuses(chat: Chat, upstream: Upstream) -> N
     assert response.json() == {"detail": "The upstream refused the server's credentials."}
 
 
+@pytest.mark.parametrize("tokens", [[], ["Hello"]])
+def test_a_chunk_that_haystack_cannot_read_closes_the_upstream(
+    chat: Chat, upstream: Upstream, tokens: list[str]
+) -> None:
+    upstream.reply = Reply(tokens=tokens, then="no choices")
+    assert chat.post().status_code == 502
+    upstream.wait_until(lambda: upstream.received[0].over)
+    assert upstream.received[0].left
+
+
 def test_the_server_goes_on_after_every_failure(chat: Chat, upstream: Upstream) -> None:
-    for then in ("break", "error", "end"):
-        upstream.reply = Reply(then=then, finish_reason=None, error=None)
+    for then in ("break", "error", "end", "nonsense", "no choices"):
+        upstream.reply = Reply(then=then, finish_reason=None, error={"message": TOLD})
         chat.events()
         upstream.reply = Reply()
         assert text_of(chat.events()) == "Hello, world!"

@@ -26,7 +26,7 @@ class Reply:
     pace: float = 0.0
     gated: bool = False
     finish_reason: str | None = "stop"
-    then: Literal["end", "break", "stall", "error", "nonsense"] = "end"
+    then: Literal["end", "break", "stall", "error", "nonsense", "no choices"] = "end"
     error: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -152,7 +152,9 @@ class Upstream:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
             await self.event(send, received, delta={"content": token})
             self.note(received, sent=number)
-        if reply.then == "stall":
+        if reply.then == "no choices":
+            await send(body(b'data: {"choices": null}\n\n'))
+        if reply.then in ("stall", "no choices"):
             await asyncio.Event().wait()
         if reply.then == "break":
             raise ConnectionAbortedError
