@@ -1,7 +1,7 @@
 """Stream a component that only works synchronously from an async Hayhooks server: hybrid mode.
 
-`PipelineWrapper` is the example. Around it stands what production needs, one function for each fault: it says what
-goes wrong without it, and can be deleted alone.
+`PipelineWrapper` is the example. Around it stands what production needs, one small piece for each fault; each says
+what goes wrong without it, and can be deleted alone.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -31,22 +30,25 @@ try:
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-# One question stays exactly as it is; earlier turns stand before it, each with its role.
+Chunks = AsyncGenerator[Any, None]
+Object = dict[str, Any]
+
+# A single question stays exactly as it is; earlier turns stand before it, each with its role.
 PROMPT = """\
 {% for turn in history %}{{ turn.role }}: {{ turn.text }}
 
 {% endfor %}{% if history %}user: {% endif %}{{ question }}"""
 
 
-def in_production(method: Callable[..., Awaitable[AsyncGenerator[Any, None]]]) -> Callable[..., Awaitable[Any]]:
+def in_production(method: Callable[..., Awaitable[Chunks]]) -> Callable[..., Awaitable[Any]]:
     """Let a chat method run within the protections below."""
 
     @functools.wraps(method)
-    async def run(self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
+    async def run(self: "PipelineWrapper", model: str, messages: list[Object], body: Object) -> Any:
         # asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh stream would wait.
         asyncio.get_running_loop().set_default_executor(self.threads)
         chunks = until_client_leaves(await method(self, model, messages, body))
-        answer = openai_chunks(chunks, model, wants_usage(body))
+        answer = as_openai_chunks(chunks, model, wants_usage(body))
         return await (stream(answer) if body.get("stream") else collect(answer))
 
     return run
@@ -65,7 +67,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        read_while_wanted(llm)
+        read_as_the_client_does(llm)
         self.threads = ThreadPoolExecutor(settings.MAX_CONCURRENT_STREAMS, "stream")
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -73,9 +75,7 @@ class PipelineWrapper(BasePipelineWrapper):
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
     @in_production
-    async def run_chat_completion_async(
-        self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
-    ) -> AsyncGenerator[Any, None]:
+    async def run_chat_completion_async(self, model: str, messages: list[Object], body: Object) -> Chunks:
         """Answer a chat; raises HTTPException for bad input and when the upstream fails."""
         system_prompt, history, question = read_messages(messages)
         return async_streaming_generator(
@@ -95,7 +95,7 @@ class PipelineWrapper(BasePipelineWrapper):
 
 
 class Settings(BaseSettings):
-    """What the environment sets. Optional variables that are set but empty count as unset."""
+    """What the environment sets; optional variables that are set but empty count as unset. Times are in seconds."""
 
     model_config = SettingsConfigDict(
         title="`hayhooks run`, to be set in its environment or in .env",
@@ -112,19 +112,18 @@ class Settings(BaseSettings):
     MAX_CONCURRENT_STREAMS: PositiveInt = 256
 
 
-def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, list[dict[str, str]], str]:
+def read_messages(messages: list[Object]) -> tuple[str | None, list[Object], str]:
     """Return system prompt, earlier turns and question. Without it a chat has no memory."""
-    system: list[str] = []
-    turns: list[dict[str, str]] = []
+    system, turns = [], []
     for index, message in enumerate(messages):
-        role, field = message.get("role"), f"messages[{index}].content"
+        role, content, name = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
-            bad_request(f"messages[{index}].role must be system, developer, user or assistant.")
-        if role == "assistant" and message.get("content") is None:
+            bad_request(f"{name}.role must be system, developer, user or assistant.")
+        if role == "assistant" and content is None:  # it called a tool
             continue
-        text = read_text(message.get("content"), field)
+        text = read_text(content, f"{name}.content")
         if role == "user" and not text.strip():
-            bad_request(f"{field} must not be blank.")
+            bad_request(f"{name}.content must not be blank.")
         if role in ("user", "assistant"):
             turns.append({"role": role, "text": text})
         else:
@@ -134,13 +133,13 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, list[dict
     return "\n".join(system) or None, turns[:-1], turns[-1]["text"]
 
 
-def read_text(content: Any, field: str) -> str:
-    """Join a list of text parts; Hayhooks' get_last_user_message would send the model Python's repr of the list."""
+def read_text(content: Any, name: str) -> str:
+    """Join a list of text parts. Without it the model gets Python's repr of the list."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not parts or len(texts) < len(parts) or not all(isinstance(part.get("text"), str) for part in texts):
-        bad_request(f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only.")
-    return "".join(part["text"] for part in texts)
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if not parts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        bad_request(f"{name} must be text, or a list of text parts: OpenAIGenerator takes text only.")
+    return "".join(map(str, texts))
 
 
 PARAMETERS = (
@@ -149,23 +148,23 @@ PARAMETERS = (
 )
 
 
-def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return what is forwarded: chat UIs add fields of their own, and OpenAI refuses a request with one of those."""
+def read_parameters(body: Object) -> Object:
+    """Return what is forwarded. Chat UIs add fields of their own, for which OpenAI would refuse the request."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
-    for field in ("tools", "functions"):
-        if body.get(field):
-            bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
-    for field in ("messages", *PARAMETERS):
+    for name in ("tools", "functions"):
+        if body.get(name):
+            bad_request(f"{name} must be empty: OpenAIGenerator takes text only.")
+    for name in ("messages", *PARAMETERS):
         try:
-            json.dumps(body.get(field), ensure_ascii=False, allow_nan=False).encode()
+            json.dumps(body.get(name), ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError):
-            bad_request(f"{field} must be valid JSON.")
+            bad_request(f"{name} must be valid JSON.")
     usage = {"stream_options": {"include_usage": True}} if wants_usage(body) else {}
-    return {field: body[field] for field in PARAMETERS if body.get(field) is not None} | usage
+    return {name: body[name] for name in PARAMETERS if body.get(name) is not None} | usage
 
 
-def wants_usage(body: dict[str, Any]) -> bool:
+def wants_usage(body: Object) -> bool:
     options = body.get("stream_options")
     return not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True)
 
@@ -174,73 +173,14 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-@dataclass
-class Reading:
-    """What the event loop and the component's thread share about one answer."""
-
-    more_wanted: SimpleQueue[bool] = field(default_factory=SimpleQueue)
-    upstream: openai.Stream[Any] | None = None
-
-
-READING: ContextVar[Reading] = ContextVar("reading")
-
-
-async def until_client_leaves(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Tell the component's thread, which gets a copy of this context, after each chunk whether the client is there."""
-    reading = Reading()
-    READING.set(reading)
-    try:
-        async for chunk in chunks:
-            yield chunk
-            reading.more_wanted.put(True)
-    except Exception:
-        if reading.upstream:  # left open, the garbage collector closes it, and httpcore's pool can lock up at that
-            reading.upstream.close()
-        raise
-    finally:
-        reading.more_wanted.put(False)
-
-
-def read_while_wanted(llm: OpenAIGenerator) -> None:
-    """Close the upstream when the client has left, and read no further ahead than the client does.
-
-    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
-    threads that read ahead, a hundred of them, keep the event loop from sending first tokens.
-    """
-    create = llm.client.chat.completions.create
-
-    def read(upstream: openai.Stream[Any], more_wanted: SimpleQueue[bool]) -> Iterator[Any]:
-        try:
-            with upstream:
-                for chunk in upstream:
-                    yield chunk
-                    if not more_wanted.get():
-                        return
-        except Exception:
-            if more_wanted.empty():  # if not, nobody is left to fetch it, and asyncio would log a traceback
-                raise
-
-    def create_and_read(**kwargs: Any) -> Any:
-        upstream, reading = create(**kwargs), READING.get(None)
-        if reading is None:
-            return upstream
-        reading.upstream = upstream
-        return read(upstream, reading.more_wanted)
-
-    vars(llm.client.chat.completions).update(create=create_and_read)
-
-
-async def openai_chunks(
-    chunks: AsyncGenerator[Any, None], model: str, with_usage: bool
-) -> AsyncGenerator[ChatCompletion, None]:
+async def as_openai_chunks(chunks: Chunks, model: str, with_usage: bool) -> Chunks:
     """Without it usage is lost, and an answer that broke off ends with Hayhooks' own finish_reason "stop"."""
     start = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time())}
     complete, usage = False, None
     async for chunk in chunks:
         finish_reason = chunk.meta.get("finish_reason")
-        usage = chunk.meta.get("usage") or usage
+        complete, usage = complete or finish_reason is not None, chunk.meta.get("usage") or usage
         if chunk.content or finish_reason:
-            complete = complete or bool(finish_reason)
             delta = Message(role="assistant", content=chunk.content)
             choice = Choice(index=0, delta=delta, finish_reason=finish_reason)
             yield ChatCompletion(**start, model=model, choices=[choice])
@@ -250,26 +190,26 @@ async def openai_chunks(
         yield ChatCompletion(**start, model=model, choices=[], usage=usage)
 
 
-async def collect(answer: AsyncGenerator[ChatCompletion, None]) -> ChatCompletion:
+async def collect(answer: Chunks) -> ChatCompletion:
     """Return the whole answer with its usage and finish_reason, which Hayhooks' own collecting would drop."""
     try:
         chunks = [chunk async for chunk in answer]
     except Exception as error:
         raise http_error(error) from None
     choices = [choice for chunk in chunks for choice in chunk.choices]
-    text = "".join(choice.delta.content or "" for choice in choices if choice.delta)
-    whole = Choice(index=0, message=Message(role="assistant", content=text), finish_reason=choices[-1].finish_reason)
-    return chunks[-1].model_copy(update={"object": "chat.completion", "choices": [whole]})
+    message = Message(role="assistant", content="".join(choice.delta.content for choice in choices))
+    choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
+    return chunks[-1].model_copy(update={"object": "chat.completion", "choices": [choice]})
 
 
-async def stream(answer: AsyncGenerator[ChatCompletion, None]) -> AsyncGenerator[ChatCompletion, None]:
+async def stream(answer: Chunks) -> Chunks:
     """Wait for the first token. Without it a wrong key looks like an empty 200, as the response has then begun."""
     try:
         first = await anext(answer)
     except Exception as error:
         raise http_error(error) from None
 
-    async def chunks() -> AsyncGenerator[ChatCompletion, None]:
+    async def chunks() -> Chunks:
         yield first
         try:
             async for chunk in answer:
@@ -288,8 +228,9 @@ def http_error(error: BaseException) -> HTTPException:
         causes.append(cause)
     api = next((cause for cause in causes if isinstance(cause, openai.APIError)), None)
     status, request_id = getattr(api, "status_code", None), getattr(api, "request_id", None)
-    log.error("The upstream failed: status {}, request id {}, {!r}", status, request_id, api if status else causes[-1])
-    if isinstance(api, openai.APIStatusError) and api.status_code in (400, 422, 429):
+    cause = api if status else causes[-1]
+    log.error("The upstream failed: status {}, request id {}, {!r}", status, request_id, cause)
+    if isinstance(api, openai.APIStatusError) and status in (400, 422, 429):
         message = api.body.get("message") if isinstance(api.body, dict) else None
         headers = {name: value for name, value in api.response.headers.items() if name.lower() == "retry-after"}
         return HTTPException(api.status_code, message or api.response.text or api.message, headers)
@@ -300,3 +241,51 @@ def http_error(error: BaseException) -> HTTPException:
     if type(api) is openai.APIError:  # an error event within the answer
         return HTTPException(502, api.message)
     return HTTPException(502, "The upstream failed before its answer was complete.")
+
+
+READ: ContextVar[Callable[[openai.Stream[Any]], Iterator[Any]]] = ContextVar("read")
+
+
+async def until_client_leaves(chunks: Chunks) -> Chunks:
+    """Read the upstream no further ahead than the client does, and close it when the client has left.
+
+    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
+    a hundred threads that read ahead keep the event loop from sending first tokens.
+    """
+    more_wanted: SimpleQueue[bool] = SimpleQueue()
+    opened: list[openai.Stream[Any]] = []
+
+    def read(upstream: openai.Stream[Any]) -> Iterator[Any]:  # runs in the component's thread
+        opened.append(upstream)
+        try:
+            with upstream:
+                for chunk in upstream:
+                    yield chunk
+                    if not more_wanted.get():
+                        return
+        except Exception:
+            if more_wanted.empty():  # if not, nobody is left to fetch it, and asyncio would log a traceback
+                raise
+
+    READ.set(read)  # the thread gets a copy of this context
+    try:
+        async for chunk in chunks:
+            yield chunk
+            more_wanted.put(True)
+    except Exception:
+        for upstream in opened:  # left to the garbage collector, it can lock up the pool of connections
+            upstream.close()
+        raise
+    finally:
+        more_wanted.put(False)
+
+
+def read_as_the_client_does(llm: OpenAIGenerator) -> None:
+    """Let `until_client_leaves` read what this component's client opens."""
+    create = llm.client.chat.completions.create
+
+    def create_and_read(**kwargs: Any) -> Any:
+        upstream, read = create(**kwargs), READ.get(None)
+        return read(upstream) if read else upstream
+
+    vars(llm.client.chat.completions).update(create=create_and_read)

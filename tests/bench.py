@@ -72,7 +72,9 @@ def variants() -> Iterator[tuple[int, list[Variant]]]:
         }
         for name, wrapper in wrappers.items():
             server = running.enter_context(
-                hayhooks(OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1", HAYHOOKS_LOG_LEVEL="error")
+                hayhooks(
+                    OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1", HAYHOOKS_LOG_LEVEL="error"
+                )
             )
             server.deploy(wrapper)
             started.append(Variant(name, server.port, psutil.Process(server.process.pid)))
@@ -83,7 +85,9 @@ async def ask(port: int, tokens: int, pace: float, leave_after: int | None = Non
     """Stream one answer; returns the seconds to its first token, and its text."""
     prompt = json.dumps({"tokens": tokens, "pace": pace})
     body = json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": prompt}]})
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close"
+    )
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -168,7 +172,13 @@ def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
 
     grey = "#808080"  # readable on white and on black
     colours = {DIRECT: grey, PLAIN: "#e0524d", OURS: "#2f9e6e", ASYNC: "#4a86e8"}
-    style = {"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey, "ytick.color": grey}
+    style = {
+        "text.color": grey,
+        "axes.labelcolor": grey,
+        "axes.edgecolor": grey,
+        "xtick.color": grey,
+        "ytick.color": grey,
+    }
     with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": NAME, "font.family": "sans-serif"}):
         figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
         for name, colour in colours.items():
@@ -199,7 +209,9 @@ def main() -> None:
         jobs = [(level, variant) for _ in range(rounds) for level in levels for variant in started]
         for level, variant in track(jobs, description="Measuring"):
             for _ in range(10 if level == 1 else 1):
-                results[variant.name, level].append(asyncio.run(measure(variant, level, TOKENS if level > 1 else 5, PACE)))
+                results[variant.name, level].append(
+                    asyncio.run(measure(variant, level, TOKENS if level > 1 else 5, PACE))
+                )
         for _ in range(rounds):
             for variant in servers:
                 cpu[variant.name].append(cpu_per_chunk(variant))
@@ -214,11 +226,16 @@ def main() -> None:
     print(f"medians of {rounds} round(s).\n")
     names = [variant.name for variant in started]
 
-    rows = [[str(level), *(milliseconds(median(name, level, p)) for name in names for p in (50, 95))] for level in levels]
+    rows = [
+        [str(level), *(milliseconds(median(name, level, p)) for name in names for p in (50, 95))] for level in levels
+    ]
     print("Time to first token, p50 and p95:\n")
     table(["streams", *(f"{name}, {p}" for name in names for p in ("p50", "p95"))], rows)
     rows = [
-        [str(level), *(f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}" for name in names)]
+        [
+            str(level),
+            *(f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}" for name in names),
+        ]
         for level in levels
     ]
     print("Chunks per second:\n")

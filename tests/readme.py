@@ -22,5 +22,7 @@ def blocks() -> list[Block]:
 
 def python_block(*words: str) -> str:
     """Return the one Python block that holds all these words."""
-    [code] = [block.code for block in blocks() if block.language == "python" and all(word in block.code for word in words)]
+    [code] = [
+        block.code for block in blocks() if block.language == "python" and all(word in block.code for word in words)
+    ]
     return code
