@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from readme import python_block
@@ -172,14 +173,9 @@ def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
 
     grey = "#808080"  # readable on white and on black
     colours = {DIRECT: grey, PLAIN: "#e0524d", OURS: "#2f9e6e", ASYNC: "#4a86e8"}
-    style = {
-        "text.color": grey,
-        "axes.labelcolor": grey,
-        "axes.edgecolor": grey,
-        "xtick.color": grey,
-        "ytick.color": grey,
-    }
-    with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": NAME, "font.family": "sans-serif"}):
+    colour_of = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = {**dict.fromkeys(colour_of, grey), "svg.fonttype": "none", "svg.hashsalt": NAME}
+    with mpl.rc_context(style):
         figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
         for name, colour in colours.items():
             axes.plot(levels, [p95[name, level] for level in levels], "o-", color=colour, label=name)

@@ -1,0 +1,151 @@
+"""What README.md says is what happens: its commands run, its table of variables is the code's."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import KEY, Chat
+from readme import blocks
+from serving import EXAMPLE, NAME, free_port, wait_for
+from upstream import Upstream
+
+SHELL = [block for block in blocks() if block.language == "bash"]
+CURL = [block.code for block in SHELL if block.code.startswith("curl")]
+[DEPLOY] = [block.code for block in SHELL if block.flags == "deploy"]
+[WORKERS] = [block.code for block in SHELL if block.flags == "workers"]
+[CLIENT] = [
+    block.code for block in blocks() if block.language == "python" and "from openai import OpenAI" in block.code
+]
+
+
+@dataclass
+class Checkout:
+    """A user's checkout, with all that must not be uploaded, and an empty home."""
+
+    folder: Path
+    environment: dict[str, str]
+    port: int
+
+    def run(self, code: str) -> str:
+        """Run a block as it stands, but for the port."""
+        code = code.replace("localhost:1416", f"127.0.0.1:{self.port}")
+        done = subprocess.run(
+            ["sh", "-euc", code], cwd=self.folder, env=self.environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return done.stdout
+
+    def start(self, code: str) -> subprocess.Popen[bytes]:
+        """Start a block that ends in `hayhooks run`, and wait for the server."""
+        with (self.folder.parent / "server.log").open("wb") as log:
+            process = subprocess.Popen(
+                ["sh", "-euc", code], cwd=self.folder, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        wait_for(f"http://127.0.0.1:{self.port}/status", process)
+        return process
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
+    folder, home, port = tmp_path / "checkout", tmp_path / "home", free_port()
+    for path in ("pipeline_wrapper.py", "requirements.txt", "README.md", ".env.example"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(EXAMPLE / path, folder)
+    for secret in (".git/config", ".venv/lib/secret.py", "tests/secret.py"):
+        (folder / secret).parent.mkdir(parents=True)
+        (folder / secret).write_text("SECRET = 1")
+    filled_in = (folder / ".env.example").read_text().replace("OPENAI_API_KEY=", f"OPENAI_API_KEY={KEY}")
+    (folder / ".env").write_text(filled_in)
+    home.mkdir()
+    environment = {
+        "HOME": str(home),
+        "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",
+        "HAYHOOKS_HOST": "127.0.0.1",
+        "HAYHOOKS_PORT": str(port),
+        "HAYSTACK_TELEMETRY_ENABLED": "False",
+        "OPENAI_BASE_URL": upstream.url,
+    }
+    return Checkout(folder, environment, port)
+
+
+@pytest.fixture
+def deployed(checkout: Checkout) -> Iterator[Checkout]:
+    process = checkout.start("exec hayhooks run")
+    try:
+        checkout.run(DEPLOY)
+        yield checkout
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_deploy_block_uploads_the_wrapper_alone(deployed: Checkout, upstream: Upstream) -> None:
+    pipelines = Path(deployed.environment["HOME"]) / ".cache" / "async_hybrid_streaming" / "pipelines"
+    arrived = [path.relative_to(pipelines) for path in pipelines.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert arrived == [Path(NAME) / "pipeline_wrapper.py"]
+    assert not (deployed.folder / "pipelines").exists()
+    if shutil.which("curl"):
+        assert len(CURL) == 2
+        stream, run = (deployed.run(code) for code in CURL)
+        assert stream.count("data: {") == 5
+        assert run == '{"result":"Hello, world!"}'
+    code = CLIENT.replace("localhost:1416", f"127.0.0.1:{deployed.port}")
+    answer = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert answer == "Hello, world!"
+    assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
+    deployed.run(DEPLOY)
+
+
+def test_the_workers_block_serves_from_every_worker(checkout: Checkout, upstream: Upstream) -> None:
+    process = checkout.start(WORKERS.replace("hayhooks run", "exec hayhooks run"))
+    log = checkout.folder.parent / "server.log"
+    try:
+        while log.read_text().count("Application startup complete") < 2:
+            assert process.poll() is None
+        url = f"http://127.0.0.1:{checkout.port}/v1/chat/completions"
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
+        assert {httpx.post(url, json=body, timeout=60).status_code for _ in range(20)} == {200}
+        assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", log.read_text()))) == 2
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_commands_of_the_script_are_its_own() -> None:
+    named = {command for block in SHELL for command in re.findall(r"\./tests/run (\w+)", block.code)}
+    usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert named == set(re.findall(r"\./tests/run (\w+)", usage))
+
+
+def variables(text: str, pattern: str) -> dict[str, str]:
+    return dict(re.findall(pattern, text, re.MULTILINE))
+
+
+def test_the_variables_are_those_of_the_code(chat: Chat) -> None:
+    spec = util.spec_from_file_location("pipeline_wrapper", EXAMPLE / "pipeline_wrapper.py")
+    assert spec
+    assert spec.loader
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fields: dict[str, Any] = module.Settings.model_fields
+    table = variables((EXAMPLE / "README.md").read_text(), r"^\| `([A-Z_]+)` \| (.+?) \|")
+    example = variables((EXAMPLE / ".env.example").read_text(), r"^(\w+)=(.*)$")
+    assert set(table) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
+    assert table.pop("OPENAI_API_KEY") == "none, required"
+    assert example["OPENAI_API_KEY"] == ""
+    for name, default in table.items():
+        assert type(fields[name].default)(default.strip("`")) == fields[name].default
+        assert default.strip("`") == example[name]
+
+
+def test_the_last_line_is_the_licence() -> None:
+    assert (EXAMPLE / "README.md").read_text().endswith("\nApache-2.0, as Hayhooks.\n")
