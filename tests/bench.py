@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,12 @@ async def measure(variant: Variant, streams: int, tokens: int, pace: float) -> R
 def tokens_after_leaving(upstream: int, variant: Variant) -> int:
     """Return how many tokens the upstream still sent after the client left at token 5 of 200."""
     asyncio.run(ask(variant.port, 200, PACE, leave_after=5))
-    while not (received := statistics_of(upstream)[-1])["over"]:
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{upstream}/") as response:
+            received = json.load(response)
+        if received["over"]:
+            return int(received["sent"]) - 5
         time.sleep(PACE)
-    return int(received["sent"]) - 5
-
-
-def statistics_of(upstream: int) -> list[dict[str, int]]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{upstream}/") as response:
-        received: list[dict[str, int]] = json.load(response)
-    return received
 
 
 def cpu_per_chunk(variant: Variant, tokens: int = 3000) -> float:
@@ -153,10 +150,6 @@ def cpu_per_chunk(variant: Variant, tokens: int = 3000) -> float:
 
 def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f} ms"
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -222,20 +215,13 @@ def main() -> None:
     print(f"medians of {rounds} round(s).\n")
     names = [variant.name for variant in started]
 
-    rows = [
-        [str(level), *(milliseconds(median(name, level, p)) for name in names for p in (50, 95))] for level in levels
-    ]
-    print("Time to first token, p50 and p95:\n")
-    table(["streams", *(f"{name}, {p}" for name in names for p in ("p50", "p95"))], rows)
-    rows = [
-        [
-            str(level),
-            *(f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}" for name in names),
-        ]
-        for level in levels
-    ]
+    def per_level(cell: Callable[[str, int], str]) -> None:
+        table(["streams", *names], [[str(level), *(cell(name, level) for name in names)] for level in levels])
+
+    print("Time to first token, p50 / p95:\n")
+    per_level(lambda name, level: " / ".join(f"{median(name, level, p) * 1000:,.0f}" for p in (50, 95)) + " ms")
     print("Chunks per second:\n")
-    table(["streams", *names], rows)
+    per_level(lambda name, level: f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}")
     most = levels[-1]
     rows = [
         [

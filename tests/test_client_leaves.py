@@ -8,7 +8,7 @@ from conftest import KEY, Chat, text_of
 from serving import EXAMPLE, Server, hayhooks
 from upstream import Received, Reply, Upstream
 
-LONG = Reply(tokens=[f"{number} " for number in range(10_000)], pace=0.05)
+LONG = Reply(tokens=[f"{number} " for number in range(10_000)], pace=0.1)
 
 
 def read_five_and_leave(chat: Chat, clients: int = 1) -> None:

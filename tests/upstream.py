@@ -1,7 +1,7 @@
 """A scripted upstream: on the wire it behaves like OpenAI's chat completions, and it fails when told to.
 
 A test sets `upstream.reply`, and afterwards asks `upstream.received` what arrived and what became of it.
-Run as a program it listens on the given port; each prompt says which reply it wants, and GET tells what became of all.
+Run as a program it listens on the given port: a prompt says which reply it wants, and GET tells what became of it.
 """
 
 import asyncio
@@ -114,8 +114,7 @@ class Upstream:
             if not message["more_body"]:
                 break
         if scope["method"] == "GET":
-            statistics = [asdict(received) for received in self.received]
-            return await self.send_json(send, 200, statistics)
+            return await self.send_json(send, 200, asdict(self.received[-1]) if self.received else None)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         received = Received(scope["path"], headers, json.loads(content))
         self.received.append(received)
