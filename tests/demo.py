@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="serve Hayhooks' own chat page too")
     options = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     known = {**dotenv_values(EXAMPLE / ".env"), **os.environ}
     names = ("OPENAI_", "MAX_CONCURRENT_STREAMS")
     settings = {name: value for name, value in known.items() if value and name.startswith(names)}
