@@ -31,7 +31,7 @@ def test_an_unknown_command_gets_the_usage(arguments: list[str]) -> None:
 
 
 def refusal(variables: dict[str, str], *arguments: str) -> str:
-    command = [EXAMPLE / "tests" / "run", *arguments]
+    command = [str(EXAMPLE / "tests" / "run"), *arguments]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     return done.stderr
