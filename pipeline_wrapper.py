@@ -224,7 +224,7 @@ async def stream(answer: Chunks) -> Chunks:
 def http_error(error: BaseException) -> HTTPException:
     """Tell the caller what the upstream did, but nothing of the server's key, and the operator's log the cause."""
     causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
+    while cause := causes[-1].__cause__:
         causes.append(cause)
     api = next((cause for cause in causes if isinstance(cause, openai.APIError)), None)
     status, request_id = getattr(api, "status_code", None), getattr(api, "request_id", None)
@@ -233,10 +233,10 @@ def http_error(error: BaseException) -> HTTPException:
     if isinstance(api, openai.APIStatusError) and status in (400, 422, 429):
         message = api.body.get("message") if isinstance(api.body, dict) else None
         headers = {name: value for name, value in api.response.headers.items() if name.lower() == "retry-after"}
-        return HTTPException(api.status_code, message or api.response.text or api.message, headers)
+        return HTTPException(api.status_code, str(message or api.response.text or api.message), headers)
     if status in (401, 403):
         return HTTPException(502, "The upstream refused the server's credentials.")
-    if any(isinstance(cause, (TimeoutError, openai.APITimeoutError)) for cause in causes):
+    if any("Timeout" in type(cause).__name__ for cause in causes):  # up to openai 2.x it can be httpx's own
         return HTTPException(504, "The upstream did not answer in time.")
     if type(api) is openai.APIError:  # an error event within the answer
         return HTTPException(502, api.message)
