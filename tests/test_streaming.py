@@ -70,6 +70,7 @@ def test_usage_comes_once_when_asked_for(chat: Chat) -> None:
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}, [], "include_usage"])
 def test_usage_does_not_come_unasked(chat: Chat, upstream: Upstream, options: object) -> None:
+    upstream.reply = Reply(usage_unasked=True)
     assert not any(event["usage"] for event in chat.events(stream_options=options))
     assert "stream_options" not in upstream.received[0].body
 

@@ -26,6 +26,7 @@ class Reply:
     pace: float = 0.0
     gated: bool = False
     finish_reason: str | None = "stop"
+    usage_unasked: bool = False
     then: Literal["end", "break", "stall", "error", "nonsense", "no choices"] = "end"
     error: Any = None
     status: int = 200
@@ -163,7 +164,7 @@ class Upstream:
             await send(body(b"data: {not JSON\n\n"))
         elif reply.finish_reason:
             await self.event(send, received, finish_reason=reply.finish_reason)
-            if (received.body.get("stream_options") or {}).get("include_usage"):
+            if reply.usage_unasked or (received.body.get("stream_options") or {}).get("include_usage"):
                 usage = {**self.frame(".chunk", received), "choices": [], "usage": USAGE}
                 await send(body(b"data: " + json.dumps(usage).encode() + b"\n\n"))
         await send(body(b"data: [DONE]\n\n"))
