@@ -25,9 +25,10 @@ def wait_until_over(upstream: Upstream, requests: int = 1) -> list[int]:
     return [one.sent for one in upstream.received]
 
 
-def connections(server: Server, upstream: Upstream) -> int:
+def connections(server: Server, port: int) -> int:
+    """Count the server's open connections from or to a port."""
     found = psutil.Process(server.process.pid).net_connections()
-    return sum(one.status == "ESTABLISHED" and bool(one.raddr) and one.raddr.port == upstream.port for one in found)
+    return sum(bool(one.raddr) and port in (one.laddr.port, one.raddr.port) for one in found)
 
 
 def test_the_upstream_stops_within_two_tokens(chat: Chat, upstream: Upstream) -> None:
@@ -58,6 +59,20 @@ def test_leaving_before_the_first_token_is_noticed_with_it(chat: Chat, upstream:
     assert "Traceback" not in chat.server.log
 
 
+def test_an_upstream_that_breaks_off_after_that_is_nobodys_error(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = Reply(tokens=["one"], gated=True, then="break")
+    upstream.release()
+    with chat.open() as events:
+        next(events)
+    while connections(chat.server, chat.server.port):
+        pass
+    upstream.release()
+    upstream.wait_until(lambda: upstream.received[0].over)
+    for _ in range(100):  # enough for the garbage collector to come by
+        chat.events()
+    assert "never retrieved" not in chat.server.log
+
+
 def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:
     upstream.reply = LONG
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT": "1"}
@@ -82,6 +97,6 @@ def test_threads_and_connections_return(chat: Chat, upstream: Upstream) -> None:
         upstream.forget()
         assert text_of(chat.events()) == "Hello, world!"
         threads.append(process.num_threads())
-        assert connections(chat.server, upstream) <= 1
+        assert connections(chat.server, upstream.port) <= 1
     assert threads[0] == threads[1] == threads[2]
     assert "Traceback" not in chat.server.log

@@ -17,6 +17,7 @@ def test_256_streams_are_open_at_once(chat: Chat, upstream: Upstream) -> None:
         assert firsts == [str(number) for number in range(256)]
         assert upstream.open == 256
         upstream.release()
+        upstream.release()
         assert [text_of(list(events)) for events in streams] == firsts
 
 

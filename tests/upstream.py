@@ -20,7 +20,7 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 
 @dataclass
 class Reply:
-    """What to answer. `pace` is in seconds; a `gated` reply sends its next token when `Upstream.release` is called."""
+    """What to answer. `pace` is in seconds; a `gated` reply waits before each token and the end for `release`."""
 
     tokens: Sequence[str] = ("Hello", ", ", "world", "!")
     pace: float = 0.0
@@ -152,6 +152,8 @@ class Upstream:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
             await self.event(send, received, delta={"content": token})
             self.note(received, sent=number)
+        if reply.gated:
+            await self.is_released(len(reply.tokens) + 1)
         if reply.then == "no choices":
             await send(body(b'data: {"choices": null}\n\n'))
         if reply.then in ("stall", "no choices"):
