@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import psutil
 from readme import python_block
 from rich.progress import track
-from serving import EXAMPLE, NAME, free_port, hayhooks, wait_for
+from serving import EXAMPLE, NAME, free_port, hayhooks, running
 
 TESTS = Path(__file__).parent
 DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain example", "this example", "the async way"
@@ -57,14 +56,12 @@ class Round:
 @contextlib.contextmanager
 def variants() -> Iterator[tuple[int, list[Variant]]]:
     """Start every variant in a process of its own; yields the upstream's port too."""
-    with contextlib.ExitStack() as running:
+    with contextlib.ExitStack() as stack:
         port = free_port()
-        process = subprocess.Popen([sys.executable, TESTS / "upstream.py", str(port)])
-        running.callback(process.wait)
-        running.callback(process.terminate)
-        wait_for(f"http://127.0.0.1:{port}/", process)
+        upstream = [sys.executable, str(TESTS / "upstream.py"), str(port)]
+        stack.enter_context(running(upstream, f"http://127.0.0.1:{port}/"))
         started = [Variant(DIRECT, port)]
-        folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator", "AsyncPipeline"))
         wrappers = {
             PLAIN: TESTS / "plain_wrapper.py",
@@ -72,7 +69,7 @@ def variants() -> Iterator[tuple[int, list[Variant]]]:
             ASYNC: folder / "async_way.py",
         }
         for name, wrapper in wrappers.items():
-            server = running.enter_context(
+            server = stack.enter_context(
                 hayhooks(
                     OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1", HAYHOOKS_LOG_LEVEL="error"
                 )
@@ -185,7 +182,7 @@ def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./tests/run bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round and fewer streams: a minute instead of ten")
+    parser.add_argument("--quick", action="store_true", help="one round and fewer streams: a minute instead of seven")
     options = parser.parse_args()
     levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 3)
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving import free_port, wait_for
+from serving import free_port, running
 
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -28,13 +28,9 @@ def weights() -> Path | None:
 def local_model() -> Iterator[str]:
     """Serve the model in a process of its own; yields its base URL."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.DEVNULL)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with running([sys.executable, __file__, str(port)], f"{url}/health", stderr=subprocess.DEVNULL):
+        yield f"{url}/v1"
 
 
 def serve(port: int) -> None:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 EXAMPLE = Path(__file__).resolve().parent.parent
 NAME = "async_hybrid_streaming"
@@ -36,11 +37,11 @@ class Server:
     def log(self) -> str:
         return (self.folder / "server.log").read_text()
 
-    def deploy(self, wrapper: Path, name: str = NAME) -> None:
+    def deploy(self, wrapper: Path) -> None:
         """Deploy a copy of the wrapper alone; raise DeployError with the CLI's output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
             shutil.copy(wrapper, Path(clean) / "pipeline_wrapper.py")
-            command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, clean]
+            command = [HAYHOOKS, "pipeline", "deploy-files", "--name", NAME, clean]
             done = subprocess.run(
                 command,
                 env=self.environment,
@@ -58,6 +59,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextlib.contextmanager
+def running(command: list[str], url: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process until the block is left; yields once the URL answers. The options are Popen's."""
+    process = subprocess.Popen(command, **options)
+    try:
+        wait_for(url, process)
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], timeout: float = 60) -> None:
@@ -86,13 +99,10 @@ def hayhooks(*options: str, **variables: str) -> Iterator[Server]:
             "HAYSTACK_TELEMETRY_ENABLED": "False",
             **variables,
         }
-        with open(f"{folder}/server.log", "wb") as log:
-            process = subprocess.Popen(
-                [HAYHOOKS, "run", *options], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/status", process)
+        command = [HAYHOOKS, "run", *options]
+        url = f"http://127.0.0.1:{port}/status"
+        with (
+            open(f"{folder}/server.log", "wb") as log,
+            running(command, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
+        ):
             yield Server(process, port, environment, Path(folder))
-        finally:
-            process.terminate()
-            process.wait()

@@ -11,7 +11,7 @@ from upstream import Received, Reply, Upstream
 LONG = Reply(tokens=[f"{number} " for number in range(10_000)], pace=0.1)
 
 
-def read_five_and_leave(chat: Chat, clients: int = 1) -> None:
+def read_five_and_leave(chat: Chat, clients: int) -> None:
     with contextlib.ExitStack() as leaving:
         for events in [leaving.enter_context(chat.open()) for _ in range(clients)]:
             for _ in range(5):

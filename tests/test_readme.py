@@ -1,5 +1,6 @@
 """What README.md says is what happens: its commands run, its table of variables is the code's."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import httpx
 import pytest
 from conftest import KEY, Chat
 from readme import blocks
-from serving import EXAMPLE, NAME, free_port, wait_for
+from serving import EXAMPLE, NAME, free_port, running
 from upstream import Upstream
 
 SHELL = [block for block in blocks() if block.language == "bash"]
@@ -36,22 +37,32 @@ class Checkout:
     environment: dict[str, str]
     port: int
 
+    def here(self, code: str) -> str:
+        return code.replace("localhost:1416", f"127.0.0.1:{self.port}")
+
     def run(self, code: str) -> str:
         """Run a block as it stands, but for the port."""
-        code = code.replace("localhost:1416", f"127.0.0.1:{self.port}")
         done = subprocess.run(
-            ["sh", "-euc", code], cwd=self.folder, env=self.environment, check=True, stdout=subprocess.PIPE, text=True
+            ["sh", "-euc", self.here(code)],
+            cwd=self.folder,
+            env=self.environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return done.stdout
 
-    def start(self, code: str) -> subprocess.Popen[bytes]:
-        """Start a block that ends in `hayhooks run`, and wait for the server."""
-        with (self.folder.parent / "server.log").open("wb") as log:
-            process = subprocess.Popen(
-                ["sh", "-euc", code], cwd=self.folder, env=self.environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        wait_for(f"http://127.0.0.1:{self.port}/status", process)
-        return process
+    @contextlib.contextmanager
+    def serve(self, code: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a block that ends in `hayhooks run` until this block is left."""
+        command = ["sh", "-euc", code.replace("hayhooks run", "exec hayhooks run")]
+        url = f"http://127.0.0.1:{self.port}/status"
+        options = {"cwd": self.folder, "env": self.environment, "stderr": subprocess.STDOUT}
+        with (
+            (self.folder.parent / "server.log").open("wb") as log,
+            running(command, url, stdout=log, **options) as server,
+        ):
+            yield server
 
 
 @pytest.fixture
@@ -79,13 +90,9 @@ def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
 
 @pytest.fixture
 def deployed(checkout: Checkout) -> Iterator[Checkout]:
-    process = checkout.start("exec hayhooks run")
-    try:
+    with checkout.serve("hayhooks run"):
         checkout.run(DEPLOY)
         yield checkout
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_the_deploy_block_uploads_the_wrapper_alone(deployed: Checkout, upstream: Upstream) -> None:
@@ -98,26 +105,23 @@ def test_the_deploy_block_uploads_the_wrapper_alone(deployed: Checkout, upstream
         stream, run = (deployed.run(code) for code in CURL)
         assert stream.count("data: {") == 5
         assert run == '{"result":"Hello, world!"}'
-    code = CLIENT.replace("localhost:1416", f"127.0.0.1:{deployed.port}")
-    answer = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    answer = subprocess.run(
+        [sys.executable, "-c", deployed.here(CLIENT)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     assert answer == "Hello, world!"
     assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
     deployed.run(DEPLOY)
 
 
 def test_the_workers_block_serves_from_every_worker(checkout: Checkout, upstream: Upstream) -> None:
-    process = checkout.start(WORKERS.replace("hayhooks run", "exec hayhooks run"))
     log = checkout.folder.parent / "server.log"
-    try:
+    with checkout.serve(WORKERS) as process:
         while log.read_text().count("Application startup complete") < 2:
             assert process.poll() is None
         url = f"http://127.0.0.1:{checkout.port}/v1/chat/completions"
         body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
         assert {httpx.post(url, json=body, timeout=60).status_code for _ in range(20)} == {200}
         assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", log.read_text()))) == 2
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_the_commands_of_the_script_are_its_own() -> None:

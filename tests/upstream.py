@@ -143,43 +143,42 @@ class Upstream:
             choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
             return await self.send_json(send, 200, {**self.frame("", received), "choices": [choice], "usage": USAGE})
         await self.start(send, 200, {"content-type": "text/event-stream", **reply.headers})
-        await self.event(send, received, delta={"role": "assistant", "content": ""})
+        await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
         begin = self.loop.time()
         for number, token in enumerate(reply.tokens, start=1):
             if reply.gated:
                 await self.is_released(number)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
-            await self.event(send, received, delta={"content": token})
+            await self.send_choice(send, received, delta={"content": token})
             self.note(received, sent=number)
         if reply.gated:
             await self.is_released(len(reply.tokens) + 1)
         if reply.then == "no choices":
-            await send(body(b'data: {"choices": null}\n\n'))
+            await send(event({"choices": None}))
         if reply.then in ("stall", "no choices"):
             await asyncio.Event().wait()
         if reply.then == "break":
             raise ConnectionAbortedError
         if reply.then == "error":
-            await send(body(b"data: " + json.dumps({"error": reply.error}).encode() + b"\n\n"))
+            await send(event({"error": reply.error}))
         elif reply.then == "nonsense":
             await send(body(b"data: {not JSON\n\n"))
         elif reply.finish_reason:
-            await self.event(send, received, finish_reason=reply.finish_reason)
+            await self.send_choice(send, received, finish_reason=reply.finish_reason)
             if reply.usage_unasked or (received.body.get("stream_options") or {}).get("include_usage"):
-                usage = {**self.frame(".chunk", received), "choices": [], "usage": USAGE}
-                await send(body(b"data: " + json.dumps(usage).encode() + b"\n\n"))
+                await send(event({**self.frame(".chunk", received), "choices": [], "usage": USAGE}))
         await send(body(b"data: [DONE]\n\n"))
         await send(body(b"", more=False))
 
     def frame(self, kind: str, received: Received) -> dict[str, Any]:
         return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": received.body["model"]}
 
-    async def event(self, send: Any, received: Received, delta: Any = None, finish_reason: str | None = None) -> None:
+    async def send_choice(
+        self, send: Any, received: Received, delta: Any = None, finish_reason: str | None = None
+    ) -> None:
         choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
-        await send(
-            body(b"data: " + json.dumps({**self.frame(".chunk", received), "choices": [choice]}).encode() + b"\n\n")
-        )
+        await send(event({**self.frame(".chunk", received), "choices": [choice]}))
 
     async def start(self, send: Any, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -192,6 +191,10 @@ class Upstream:
 
 def body(content: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+def event(content: Any) -> dict[str, Any]:
+    return body(b"data: " + json.dumps(content).encode() + b"\n\n")
 
 
 def reply_for(request: dict[str, Any]) -> Reply:
