@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from readme import python_block
+from harness.readme import python_block
 from rich.progress import track
-from serving import EXAMPLE, NAME, free_port, hayhooks, running
+from harness.serving import EXAMPLE, NAME, free_port, hayhooks, running
 
 TESTS = Path(__file__).parent
 DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain example", "this example", "the async way"
@@ -58,13 +58,13 @@ def variants() -> Iterator[tuple[int, list[Variant]]]:
     """Start every variant in a process of its own; yields the upstream's port too."""
     with contextlib.ExitStack() as stack:
         port = free_port()
-        upstream = [sys.executable, str(TESTS / "upstream.py"), str(port)]
+        upstream = [sys.executable, str(TESTS / "harness" / "upstream.py"), str(port)]
         stack.enter_context(running(upstream, f"http://127.0.0.1:{port}/"))
         started = [Variant(DIRECT, port)]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator", "AsyncPipeline"))
         wrappers = {
-            PLAIN: TESTS / "plain_wrapper.py",
+            PLAIN: TESTS / "harness" / "plain_wrapper.py",
             OURS: EXAMPLE / "pipeline_wrapper.py",
             ASYNC: folder / "async_way.py",
         }

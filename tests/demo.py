@@ -11,8 +11,8 @@ import sys
 import urllib.request
 
 from dotenv import dotenv_values
-from local_model import MODEL, local_model
-from serving import EXAMPLE, NAME, DeployError, Server, free_port, hayhooks
+from harness.local_model import MODEL, local_model
+from harness.serving import EXAMPLE, NAME, DeployError, Server, free_port, hayhooks
 
 QUESTION = "What is the sun? Answer in one sentence."
 

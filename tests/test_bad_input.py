@@ -5,10 +5,10 @@ import math
 from typing import Any
 
 import pytest
-from conftest import Chat
+from harness.client import Chat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from upstream import Upstream
+from harness.upstream import Upstream
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}

@@ -4,9 +4,9 @@ import contextlib
 import socket
 
 import psutil
-from conftest import KEY, Chat, text_of
-from serving import EXAMPLE, Server, hayhooks
-from upstream import Received, Reply, Upstream
+from harness.client import Chat, text_of
+from harness.serving import EXAMPLE, KEY, Server, hayhooks
+from harness.upstream import Received, Reply, Upstream
 
 LONG = Reply(tokens=[f"{number} " for number in range(10_000)], pace=0.1)
 

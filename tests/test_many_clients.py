@@ -3,9 +3,9 @@
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
-from conftest import KEY, Chat, text_of
-from serving import EXAMPLE, hayhooks
-from upstream import Reply, Upstream
+from harness.client import Chat, text_of
+from harness.serving import EXAMPLE, KEY, hayhooks
+from harness.upstream import Reply, Upstream
 
 
 def test_256_streams_are_open_at_once(chat: Chat, upstream: Upstream) -> None:

@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import KEY, Chat, text_of
-from upstream import Reply, Upstream
+from harness.client import Chat, text_of
+from harness.serving import KEY
+from harness.upstream import Reply, Upstream
 
 USER = {"role": "user", "content": "the question"}
 

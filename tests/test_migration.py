@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import KEY, Chat, text_of
-from readme import python_block
-from serving import EXAMPLE, DeployError, hayhooks
-from upstream import USAGE, Reply, Upstream
+from harness.client import Chat, text_of
+from harness.readme import python_block
+from harness.serving import DeployError, EXAMPLE, KEY, hayhooks
+from harness.upstream import USAGE, Reply, Upstream
 
 HAYSTACK_3 = Path(sys.prefix) / "haystack3"
 STEPS = {2: python_block("import AsyncPipeline"), 3: python_block("import Pipeline")}

@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import KEY, Chat
-from readme import blocks
-from serving import EXAMPLE, NAME, free_port, running
-from upstream import Upstream
+from harness.client import Chat
+from harness.readme import blocks
+from harness.serving import EXAMPLE, KEY, NAME, free_port, running
+from harness.upstream import Upstream
 
 SHELL = [block for block in blocks() if block.language == "bash"]
 CURL = [block.code for block in SHELL if block.code.startswith("curl")]

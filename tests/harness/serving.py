@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = Path(__file__).resolve().parent.parent
+EXAMPLE = Path(__file__).resolve().parents[2]
+WRAPPER = EXAMPLE / "pipeline_wrapper.py"
 NAME = "async_hybrid_streaming"
+KEY = "sk-test-0123456789abcdef"
 HAYHOOKS = f"{sysconfig.get_path('scripts')}/hayhooks"
 
 
@@ -37,11 +39,11 @@ class Server:
     def log(self) -> str:
         return (self.folder / "server.log").read_text()
 
-    def deploy(self, wrapper: Path) -> None:
+    def deploy(self, wrapper: Path = WRAPPER, name: str = NAME) -> None:
         """Deploy a copy of the wrapper alone; raise DeployError with the CLI's output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
             shutil.copy(wrapper, Path(clean) / "pipeline_wrapper.py")
-            command = [HAYHOOKS, "pipeline", "deploy-files", "--name", NAME, clean]
+            command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, "--overwrite", clean]
             done = subprocess.run(
                 command,
                 env=self.environment,
@@ -106,3 +108,11 @@ def hayhooks(*options: str, **variables: str) -> Iterator[Server]:
             running(command, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
         ):
             yield Server(process, port, environment, Path(folder))
+
+
+@contextlib.contextmanager
+def deployed(*options: str, wrapper: Path = WRAPPER, **variables: str) -> Iterator[Server]:
+    """Run a Hayhooks server with a key, and deploy a wrapper to it; raise DeployError when that is refused."""
+    with hayhooks(*options, **{"OPENAI_API_KEY": KEY, **variables}) as server:
+        server.deploy(wrapper)
+        yield server

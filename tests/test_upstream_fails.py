@@ -5,9 +5,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import KEY, Chat, finish_reasons, text_of
-from serving import EXAMPLE, NAME, Server, hayhooks
-from upstream import Reply, Upstream
+from harness.client import Chat, finish_reasons, text_of
+from harness.serving import EXAMPLE, KEY, NAME, Server, hayhooks
+from harness.upstream import Reply, Upstream
 
 TOLD = "You asked too much, {braces} included."
 QUOTED = "Incorrect API key provided: sk-test-********cdef."

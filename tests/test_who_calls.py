@@ -1,9 +1,9 @@
 """What a client gets when all goes well."""
 
 import pytest
-from conftest import Chat, finish_reasons, text_of
-from serving import NAME
-from upstream import USAGE, Reply, Upstream
+from harness.client import Chat, finish_reasons, text_of
+from harness.serving import NAME
+from harness.upstream import USAGE, Reply, Upstream
 
 TRICKY = [
     "héllo ",

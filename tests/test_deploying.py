@@ -1,9 +1,9 @@
 """A deploy that cannot work is refused, with the cure in the message."""
 
 import pytest
-from conftest import KEY, Chat, text_of
-from serving import EXAMPLE, DeployError, hayhooks
-from upstream import Upstream
+from harness.client import Chat, text_of
+from harness.serving import DeployError, EXAMPLE, KEY, hayhooks
+from harness.upstream import Upstream
 
 WRAPPER = EXAMPLE / "pipeline_wrapper.py"
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from serving import free_port, running
+from harness.serving import free_port, running
 
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -29,7 +29,7 @@ def local_model() -> Iterator[str]:
     """Serve the model in a process of its own; yields its base URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with running([sys.executable, __file__, str(port)], f"{url}/health", stderr=subprocess.DEVNULL):
+    with running([sys.executable, "-m", __name__, str(port)], f"{url}/health", stderr=subprocess.DEVNULL):
         yield f"{url}/v1"
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from serving import EXAMPLE
+from harness.serving import EXAMPLE
 
 
 @dataclass

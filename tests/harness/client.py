@@ -1,0 +1,64 @@
+"""A client of the chat endpoint."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+
+from harness.serving import NAME, Server
+
+
+class Chat:
+    """A client of one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.http = httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None))
+        self.sdk = openai.OpenAI(api_key="unused", base_url=f"{server.url}/v1", max_retries=0)
+
+    def request(self, messages: Any = "Hi", **body: Any) -> dict[str, Any]:
+        """Return a request; a plain string stands for one message from the user."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return {"model": NAME, "messages": messages, **body}
+
+    def post(self, messages: Any = "Hi", **body: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json=self.request(messages, **body))
+
+    @contextlib.contextmanager
+    def open(self, messages: Any = "Hi", **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        """Open a stream and yield its events; leaving the block closes the connection.
+
+        Raises httpx.HTTPStatusError, its response read, when the server answers anything but 200.
+        """
+        request = self.request(messages, stream=True, **body)
+        with self.http.stream("POST", "/v1/chat/completions", json=request) as response:
+            if response.is_error:
+                response.read()
+            response.raise_for_status()
+            yield events_of(response.iter_raw())
+
+    def events(self, messages: Any = "Hi", **body: Any) -> list[dict[str, Any]]:
+        """Return every event of a stream."""
+        with self.open(messages, **body) as events:
+            return list(events)
+
+
+def events_of(content: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """Parse the events of a body; httpx.iter_lines would also split at U+2028, which an event may hold."""
+    rest = b""
+    for piece in content:
+        *events, rest = (rest + piece).split(b"\n\n")
+        yield from (json.loads(event.removeprefix(b"data: ")) for event in events)
+    assert rest == b"", f"the stream broke off within an event: {rest!r}"
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"]["content"] for event in events for choice in event["choices"])
+
+
+def finish_reasons(events: list[dict[str, Any]]) -> list[str]:
+    return [choice["finish_reason"] for event in events for choice in event["choices"] if choice["finish_reason"]]
