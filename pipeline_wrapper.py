@@ -1,7 +1,7 @@
-"""Stream a component that only works synchronously from an async Hayhooks server: hybrid mode.
+"""Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-`PipelineWrapper` is the example. Around it stands what production needs, one small piece for each fault; each says
-what goes wrong without it, and can be deleted alone.
+`PipelineWrapper` is the example. What follows it is needed in production, in the order in which data flows: the
+settings, the request, the thread and its client, the answer. Each piece says what goes wrong without it.
 """
 
 import asyncio
@@ -9,136 +9,155 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from contextvars import ContextVar
-from queue import SimpleQueue
+from dataclasses import replace
+from threading import Semaphore
 from typing import Any, NoReturn
 
 import openai
 from fastapi import HTTPException
 from fastapi_openai_compat import ChatCompletion, Choice, Message
 from hayhooks import BasePipelineWrapper, async_streaming_generator, log
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, HttpUrl, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 try:
     from haystack import AsyncPipeline
     from haystack.components.builders import PromptBuilder
     from haystack.components.generators import OpenAIGenerator
+    from haystack.core.component import Component
+    from haystack.dataclasses import StreamingChunk
     from haystack.utils import Secret
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-Chunks = AsyncGenerator[Any, None]
-Object = dict[str, Any]
-
 # A single question stays exactly as it is; earlier turns stand before it, each with its role.
 PROMPT = """\
-{% for turn in history %}{{ turn.role }}: {{ turn.text }}
+{% for turn in history %}{{ turn }}
 
 {% endfor %}{% if history %}user: {% endif %}{{ question }}"""
 
 
-def in_production(method: Callable[..., Awaitable[Chunks]]) -> Callable[..., Awaitable[Any]]:
-    """Let a chat method run within the protections below."""
+def protected(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
+    """Hand what a chat method returns to `answer`, which begins the last part of this file."""
 
-    @functools.wraps(method)
-    async def run(self: "PipelineWrapper", model: str, messages: list[Object], body: Object) -> Any:
-        # asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh stream would wait.
-        asyncio.get_running_loop().set_default_executor(self.threads)
-        chunks = until_client_leaves(await method(self, model, messages, body))
-        answer = as_openai_chunks(chunks, model, wants_usage(body))
-        return await (stream(answer) if body.get("stream") else collect(answer))
+    @functools.wraps(chat)
+    async def protected_chat(
+        self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]
+    ) -> Any:
+        return await answer(await chat(self, model, messages, body), model, body)
 
-    return run
+    return protected_chat
 
 
 class PipelineWrapper(BasePipelineWrapper):
-    """A chat with OpenAIGenerator, which has no async version, streamed from an async pipeline."""
+    """A chat with OpenAIGenerator, which has no `run_async`, streamed from an async pipeline."""
 
     def setup(self) -> None:
-        """Build the pipeline from the environment; raises ValueError for a variable that is missing or wrong."""
-        settings = Settings()
+        """Build the pipeline; raises ValueError for an environment variable that is missing or wrong."""
+        settings = read_settings()
         llm = OpenAIGenerator(
             api_key=Secret.from_token(settings.OPENAI_API_KEY),
             model=settings.OPENAI_MODEL,
-            api_base_url=settings.OPENAI_BASE_URL,
+            api_base_url=str(settings.OPENAI_BASE_URL),
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        read_as_the_client_does(llm)
-        self.threads = ThreadPoolExecutor(settings.MAX_CONCURRENT_STREAMS, "stream")
+        protect_run(llm, settings)
+        find_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
-    @in_production
-    async def run_chat_completion_async(self, model: str, messages: list[Object], body: Object) -> Chunks:
+    @protected
+    async def run_chat_completion_async(
+        self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
+    ) -> AsyncGenerator[StreamingChunk]:
         """Answer a chat; raises HTTPException for bad input and when the upstream fails."""
         system_prompt, history, question = read_messages(messages)
+        parameters = read_parameters(body)
         return async_streaming_generator(
             pipeline=self.pipeline,
             pipeline_run_args={
                 "prompt": {"history": history, "question": question},
-                "llm": {"system_prompt": system_prompt, "generation_kwargs": read_parameters(body)},
+                "llm": {"system_prompt": system_prompt, "generation_kwargs": parameters},
             },
+            # Without it, HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
+            streaming_components=["llm"],
+            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`.
             allow_sync_streaming_callbacks=True,
         )
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
-        messages = [{"role": "user", "content": question}]
-        completion = await self.run_chat_completion_async("", messages, {"messages": messages})
-        return completion.choices[0].message.content
+        chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
+        return "".join([chunk.content async for chunk in chunks])
 
 
 class Settings(BaseSettings):
-    """What the environment sets; optional variables that are set but empty count as unset. Times are in seconds."""
+    """Environment variables; an optional one that is set but empty counts as unset."""
 
-    model_config = SettingsConfigDict(
-        title="`hayhooks run`, to be set in its environment or in .env",
-        env_ignore_empty=True,
-        str_strip_whitespace=True,
-        hide_input_in_errors=True,
-        allow_inf_nan=False,
-    )
-    OPENAI_API_KEY: str = Field(min_length=1)
-    OPENAI_MODEL: str = "gpt-5-mini"
-    OPENAI_BASE_URL: str = "https://api.openai.com/v1"
-    OPENAI_TIMEOUT: PositiveFloat = 30.0
-    OPENAI_MAX_RETRIES: NonNegativeInt = 2
-    MAX_CONCURRENT_STREAMS: PositiveInt = 256
+    model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True)
+
+    OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
+    OPENAI_MODEL: str = Field("gpt-5-mini", description="the name of a model")
+    OPENAI_BASE_URL: HttpUrl = Field(HttpUrl("https://api.openai.com/v1"), description="a URL with http:// or https://")
+    OPENAI_TIMEOUT: float = Field(30, gt=0, le=3600, description="a number of seconds, above 0 and at most 3600")
+    OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
+    # The SDK's pool has 1000 connections; further streams would wait for one.
+    MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000, description="a whole number from 1 to 1000")
 
 
-def read_messages(messages: list[Object]) -> tuple[str | None, list[Object], str]:
-    """Return system prompt, earlier turns and question. Without it a chat has no memory."""
-    system, turns = [], []
+def read_settings() -> Settings:
+    """Return the settings; raises ValueError, without the value, as that can be a mistyped key."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        value = Settings.model_fields[name].description
+        raise ValueError(f"{name} must be {value}, set where `hayhooks run` starts or in the .env there.") from None
+
+
+# The request
+
+
+def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, list[str], str]:
+    """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
+
+    Without it a chat has no memory.
+    """
+    if len(messages) > 2000:  # Haystack copies the history on the event loop, and all streams wait meanwhile
+        bad_request("messages must not be more than 2000.")
+    to_json(messages, "messages")
+    system, turns, text = [], [], ""
     for index, message in enumerate(messages):
-        role, content, name = message.get("role"), message.get("content"), f"messages[{index}]"
+        role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
-            bad_request(f"{name}.role must be system, developer, user or assistant.")
+            bad_request(f"{field}.role must be system, developer, user or assistant.")
         if role == "assistant" and content is None:  # it called a tool
             continue
-        text = read_text(content, f"{name}.content")
+        text = read_text(content, f"{field}.content")
         if role == "user" and not text.strip():
-            bad_request(f"{name}.content must not be blank.")
+            bad_request(f"{field}.content must not be blank.")
         if role in ("user", "assistant"):
-            turns.append({"role": role, "text": text})
+            turns.append(f"{role}: {text}")
         else:
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
         bad_request("messages must end with a message from the user.")
-    return "\n".join(system) or None, turns[:-1], turns[-1]["text"]
+    return "\n".join(system) or None, turns[:-1], text
 
 
-def read_text(content: Any, name: str) -> str:
-    """Join a list of text parts. Without it the model gets Python's repr of the list."""
+def read_text(content: Any, field: str) -> str:
+    """Join text parts. Without it clients that send a list of parts, as OpenAI allows, are refused."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     if not parts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        bad_request(f"{name} must be text, or a list of text parts: OpenAIGenerator takes text only.")
+        bad_request(f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only.")
     return "".join(map(str, texts))
 
 
@@ -148,144 +167,221 @@ PARAMETERS = (
 )
 
 
-def read_parameters(body: Object) -> Object:
-    """Return what is forwarded. Chat UIs add fields of their own, for which OpenAI would refuse the request."""
+def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
+    """Return what is forwarded; raises HTTPException. Other fields, such as a chat UI's own, are dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
-    for name in ("tools", "functions"):
-        if body.get(name):
-            bad_request(f"{name} must be empty: OpenAIGenerator takes text only.")
-    for name in ("messages", *PARAMETERS):
-        try:
-            json.dumps(body.get(name), ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError):
-            bad_request(f"{name} must be valid JSON.")
-    usage = {"stream_options": {"include_usage": True}} if wants_usage(body) else {}
-    return {name: body[name] for name in PARAMETERS if body.get(name) is not None} | usage
+    for field in ("tools", "functions"):
+        if body.get(field):
+            bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
+    parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
+    if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:  # copied like the history
+        bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
+    if wants_usage(body):
+        parameters["stream_options"] = {"include_usage": True}
+    return parameters
 
 
-def wants_usage(body: Object) -> bool:
+def wants_usage(body: dict[str, Any]) -> bool:
+    """A whole answer always has usage; a stream has it on request."""
     options = body.get("stream_options")
     return not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True)
+
+
+def to_json(value: Any, field: str) -> bytes:
+    """Without it NaN, or half of a surrogate pair, fails when the SDK sends it, as if the upstream had failed."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        bad_request(f"{field} must be valid JSON.")
 
 
 def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-async def as_openai_chunks(chunks: Chunks, model: str, with_usage: bool) -> Chunks:
-    """Without it usage is lost, and an answer that broke off ends with Hayhooks' own finish_reason "stop"."""
-    start = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time())}
-    complete, usage = False, None
-    async for chunk in chunks:
-        finish_reason = chunk.meta.get("finish_reason")
-        complete, usage = complete or finish_reason is not None, chunk.meta.get("usage") or usage
-        if chunk.content or finish_reason:
-            delta = Message(role="assistant", content=chunk.content)
-            choice = Choice(index=0, delta=delta, finish_reason=finish_reason)
-            yield ChatCompletion(**start, model=model, choices=[choice])
-    if not complete:
-        raise EOFError("the upstream's answer ended without a finish_reason")
-    if usage and with_usage:
-        yield ChatCompletion(**start, model=model, choices=[], usage=usage)
+# The thread and its client
 
 
-async def collect(answer: Chunks) -> ChatCompletion:
-    """Return the whole answer with its usage and finish_reason, which Hayhooks' own collecting would drop."""
-    try:
-        chunks = [chunk async for chunk in answer]
-    except Exception as error:
-        raise http_error(error) from None
-    choices = [choice for chunk in chunks for choice in chunk.choices]
-    message = Message(role="assistant", content="".join(choice.delta.content for choice in choices))
-    choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
-    return chunks[-1].model_copy(update={"object": "chat.completion", "choices": [choice]})
+class Relay:
+    """Joins the thread that runs the component to its client: it gets a chunk, and waits until the client took it.
 
+    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
+    threads that read ahead keep the event loop from sending other clients their first chunk.
+    """
 
-async def stream(answer: Chunks) -> Chunks:
-    """Wait for the first token. Without it a wrong key looks like an empty 200, as the response has then begun."""
-    try:
-        first = await anext(answer)
-    except Exception as error:
-        raise http_error(error) from None
+    def __init__(self) -> None:
+        self.taken = Semaphore(0)
+        self.client_left = False
+        self.finish_reason: str | None = None
+        self.upstream: openai.Stream[Any] | None = None
+        self.failure: HTTPException | None = None
 
-    async def chunks() -> Chunks:
-        yield first
+    def put(self, chunk: StreamingChunk, streaming_callback: Callable[[StreamingChunk], None]) -> None:
+        """In the thread: hand a chunk to Hayhooks; raises HTTPException, which ends the run, when the client left."""
+        self.finish_reason = chunk.meta.get("finish_reason") or self.finish_reason
+        streaming_callback(replace(chunk, content=encodable(chunk.content)))
+        if not self.taken.acquire(timeout=60) or self.client_left:
+            raise HTTPException(408, "The client took nothing of the answer for 60 seconds.")
+
+    async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
+        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
+        RELAY.set(self)  # asyncio and Haystack copy it into the thread
         try:
-            async for chunk in answer:
-                yield chunk
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+                    self.taken.release()
+        except Exception:
+            raise self.failure or HTTPException(500, "The pipeline failed.") from None
+        finally:
+            self.client_left = True
+            self.taken.release()
+        if self.failure:
+            raise self.failure
+
+
+RELAY: ContextVar[Relay] = ContextVar("RELAY")
+
+
+def protect_run(component: Component, settings: Settings) -> None:
+    """Let a run need a place, stop with its client, and end without an exception, which Haystack and Hayhooks would
+    log with all that the upstream said."""
+    run, places = component.run, Semaphore(settings.MAX_CONCURRENT_STREAMS)
+
+    @functools.wraps(run)
+    def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
+        relay = RELAY.get()
+        outputs: Mapping[str, Any] = {"replies": []}  # without any, Haystack logs that the pipeline is blocked
+        if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
+            relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+            return outputs
+        try:
+            outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
+            if not relay.finish_reason:
+                raise EOFError("the answer ended without a finish_reason")
         except Exception as error:
-            event = {"message": http_error(error).detail, "type": "server_error"}
-            yield first.model_copy(update={"choices": [], "error": event})
+            relay.failure = as_http_exception(error, settings.OPENAI_API_KEY)
+        finally:
+            if relay.upstream:
+                relay.upstream.close()
+            places.release()
+        return outputs
 
-    return chunks()
+    vars(component)["run"] = protected_run
 
 
-def http_error(error: BaseException) -> HTTPException:
-    """Tell the caller what the upstream did, but nothing of the server's key, and the operator's log the cause."""
-    causes = [error]
-    while cause := causes[-1].__cause__:
-        causes.append(cause)
-    api = next((cause for cause in causes if isinstance(cause, openai.APIError)), None)
-    status, request_id = getattr(api, "status_code", None), getattr(api, "request_id", None)
-    cause = api if status else causes[-1]
-    log.error("The upstream failed: status {}, request id {}, {!r}", status, request_id, cause)
-    if isinstance(api, openai.APIStatusError) and status in (400, 422, 429):
-        message = api.body.get("message") if isinstance(api.body, dict) else None
-        headers = {name: value for name, value in api.response.headers.items() if name.lower() == "retry-after"}
-        return HTTPException(api.status_code, str(message or api.response.text or api.message), headers)
-    if status in (401, 403):
-        return HTTPException(502, "The upstream refused the server's credentials.")
-    if any("Timeout" in type(cause).__name__ for cause in causes):  # up to openai 2.x it can be httpx's own
-        return HTTPException(504, "The upstream did not answer in time.")
-    if type(api) is openai.APIError:  # an error event within the answer
-        return HTTPException(502, api.message)
+def find_upstream(llm: OpenAIGenerator) -> None:
+    """Tell the relay which stream to close. Left to the garbage collector, it stays open, and the upstream goes on."""
+    create = llm.client.chat.completions.create
+
+    def create_and_tell(**kwargs: Any) -> Any:
+        completion = create(**kwargs)
+        if isinstance(completion, openai.Stream):
+            RELAY.get().upstream = completion
+        return completion
+
+    vars(llm.client.chat.completions)["create"] = create_and_tell
+
+
+def as_http_exception(error: Exception, key: str) -> HTTPException:
+    """Log why a run failed, and return what its caller may know. In neither of them is the key, or a text of 5 MB."""
+    if isinstance(error, HTTPException):
+        return error
+
+    def safe(text: object) -> str:
+        return encodable(str(text)).replace(key, "[key]")[:2000]
+
+    cause: BaseException = error
+    while cause.__cause__:
+        cause = cause.__cause__
+    message, headers = safe(cause), {}
+    status, request_id = getattr(error, "status_code", None), safe(getattr(error, "request_id", None))
+    if isinstance(error, openai.APIStatusError):
+        body = error.body if isinstance(error.body, dict) else {}
+        message = safe(body.get("message") or error.response.text or error)
+        retry_after = safe(error.response.headers.get("Retry-After", ""))
+        if retry_after and retry_after.isascii() and retry_after.isprintable():
+            headers = {"Retry-After": retry_after}
+    log.error(
+        "The upstream failed: status {}, request id {!r}, {}: {!r}", status, request_id, type(cause).__name__, message
+    )
+    match error:
+        case openai.BadRequestError() | openai.UnprocessableEntityError() | openai.RateLimitError():
+            return HTTPException(error.status_code, message, headers)
+        case openai.AuthenticationError() | openai.PermissionDeniedError():
+            return HTTPException(502, "The upstream refused the server's credentials.")
+        case _ if "Timeout" in type(cause).__name__:
+            return HTTPException(504, "The upstream did not answer in time.")
+        case _ if type(error) is openai.APIError:  # an error event within the answer
+            return HTTPException(502, message)
     return HTTPException(502, "The upstream failed before its answer was complete.")
 
 
-READ: ContextVar[Callable[[openai.Stream[Any]], Iterator[Any]]] = ContextVar("read")
+def encodable(text: str) -> str:
+    """Put U+FFFD in the place of half a surrogate pair. Without it one cuts the stream, as UTF-8 cannot carry it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-async def until_client_leaves(chunks: Chunks) -> Chunks:
-    """Read the upstream no further ahead than the client does, and close it when the client has left.
+# The answer
 
-    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
-    a hundred threads that read ahead keep the event loop from sending first tokens.
-    """
-    more_wanted: SimpleQueue[bool] = SimpleQueue()
-    opened: list[openai.Stream[Any]] = []
 
-    def read(upstream: openai.Stream[Any]) -> Iterator[Any]:  # runs in the component's thread
-        opened.append(upstream)
-        try:
-            with upstream:
-                for chunk in upstream:
-                    yield chunk
-                    if not more_wanted.get():
-                        return
-        except Exception:
-            if more_wanted.empty():  # if not, nobody is left to fetch it, and asyncio would log a traceback
-                raise
+async def answer(chunks: AsyncGenerator[StreamingChunk], model: str, body: dict[str, Any]) -> Any:
+    """Return what the caller expects; raises HTTPException when the upstream fails."""
+    provide_threads(asyncio.get_running_loop())
+    chunks = Relay().take(chunks)
+    match body.get("stream"):
+        case None:  # Hayhooks' A2A server, `run_api_async` and other Python code
+            return chunks
+        case (
+            True
+        ):  # The response begins with the first chunk. Begun before, a wrong key would be a 200 that breaks off.
+            first = await anext(chunks, StreamingChunk(""))
+            return stream_completion(first, chunks, model, wants_usage(body))
+        case _:
+            return await collect_completion(chunks, model)
 
-    READ.set(read)  # the thread gets a copy of this context
+
+@functools.cache  # once: the next deploy of this file brings its own executor, and the threads of this one then end
+def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
+    stream would wait. It serves the whole process, so 32 threads more stay free for other pipelines and deploys."""
+    loop.set_default_executor(ThreadPoolExecutor(1000 + 32, "stream"))
+
+
+async def stream_completion(
+    first: StreamingChunk, others: AsyncGenerator[StreamingChunk], model: str, with_usage: bool
+) -> AsyncGenerator[ChatCompletion]:
+    """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that broke off ends with "stop"."""
+    head = new_head("chat.completion.chunk", model)
+    chunk: StreamingChunk | None = first
+    usage = None
     try:
-        async for chunk in chunks:
-            yield chunk
-            more_wanted.put(True)
-    except Exception:
-        for upstream in opened:  # left to the garbage collector, it can lock up the pool of connections
-            upstream.close()
-        raise
-    finally:
-        more_wanted.put(False)
+        async with aclosing(others):
+            while chunk:
+                finish_reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage") or usage
+                if chunk.content or finish_reason or not chunk.meta.get("usage"):
+                    delta = Message(role="assistant", content=chunk.content)
+                    yield ChatCompletion(**head, choices=[Choice(index=0, delta=delta, finish_reason=finish_reason)])
+                chunk = await anext(others, None)
+    except HTTPException as failure:
+        event = {"message": failure.detail, "type": "server_error"}
+        yield ChatCompletion(**head, choices=[], error=event)
+        return
+    if usage and with_usage:
+        yield ChatCompletion(**head, choices=[], usage=usage)
 
 
-def read_as_the_client_does(llm: OpenAIGenerator) -> None:
-    """Let `until_client_leaves` read what this component's client opens."""
-    create = llm.client.chat.completions.create
+async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:
+    """Return a whole chat completion. Left to Hayhooks, its usage and finish_reason are lost."""
+    text, finish_reason, usage = "", None, None
+    async for chunk in chunks:
+        text += chunk.content
+        finish_reason = chunk.meta.get("finish_reason") or finish_reason
+        usage = chunk.meta.get("usage") or usage
+    choice = Choice(index=0, message=Message(role="assistant", content=text), finish_reason=finish_reason)
+    return ChatCompletion(**new_head("chat.completion", model), choices=[choice], usage=usage)
 
-    def create_and_read(**kwargs: Any) -> Any:
-        upstream, read = create(**kwargs), READ.get(None)
-        return read(upstream) if read else upstream
 
-    vars(llm.client.chat.completions).update(create=create_and_read)
+def new_head(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 from harness.readme import python_block
-from rich.progress import track
 from harness.serving import EXAMPLE, NAME, free_port, hayhooks, running
+from rich.progress import track
 
 TESTS = Path(__file__).parent
 DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain example", "this example", "the async way"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from harness.client import Chat
-from harness.serving import KEY, Server, deployed
+from harness.serving import Server, deployed
 from harness.upstream import Upstream
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from harness.client import Chat
+from harness.upstream import Upstream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from harness.upstream import Upstream
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}

@@ -2,7 +2,7 @@
 
 import pytest
 from harness.client import Chat, text_of
-from harness.serving import DeployError, EXAMPLE, KEY, hayhooks
+from harness.serving import EXAMPLE, KEY, DeployError, hayhooks
 from harness.upstream import Upstream
 
 WRAPPER = EXAMPLE / "pipeline_wrapper.py"

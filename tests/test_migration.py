@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness.client import Chat, text_of
 from harness.readme import python_block
-from harness.serving import DeployError, EXAMPLE, KEY, hayhooks
+from harness.serving import EXAMPLE, KEY, DeployError, hayhooks
 from harness.upstream import USAGE, Reply, Upstream
 
 HAYSTACK_3 = Path(sys.prefix) / "haystack3"
