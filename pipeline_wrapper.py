@@ -1,27 +1,30 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-`PipelineWrapper` is the example. What follows it is needed in production, in the order in which data flows: the
-settings, the request, the thread and its client, the answer. Each piece says what goes wrong without it.
+`PipelineWrapper` is the example. All that stands below it protects it in production, in the order in which data flows:
+the settings, the request, the thread and its client, the answer. Each piece says what goes wrong without it.
 """
 
 import asyncio
 import functools
 import json
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from contextvars import ContextVar
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from threading import Semaphore
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import openai
 from fastapi import HTTPException
 from fastapi_openai_compat import ChatCompletion, Choice, Message
 from hayhooks import BasePipelineWrapper, async_streaming_generator, log
-from pydantic import Field, HttpUrl, ValidationError
+from openai.types.chat import ChatCompletionChunk
+from pydantic import AfterValidator, Field, HttpUrl, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 try:
@@ -34,21 +37,18 @@ try:
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-# A single question stays exactly as it is; earlier turns stand before it, each with its role.
-PROMPT = """\
-{% for turn in history %}{{ turn }}
-
-{% endfor %}{% if history %}user: {% endif %}{{ question }}"""
+# A single question is the whole prompt, as it is; earlier turns stand before it.
+PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def protected(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Hand what a chat method returns to `answer`, which begins the last part of this file."""
+    """Pass what a chat method returns on to `answer`, which begins the last part of this file."""
 
     @functools.wraps(chat)
     async def protected_chat(
         self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> Any:
-        return await answer(await chat(self, model, messages, body), model, body)
+        return await answer(await chat(self, model, messages, body), model, body.get("stream"))
 
     return protected_chat
 
@@ -62,12 +62,12 @@ class PipelineWrapper(BasePipelineWrapper):
         llm = OpenAIGenerator(
             api_key=Secret.from_token(settings.OPENAI_API_KEY),
             model=settings.OPENAI_MODEL,
-            api_base_url=str(settings.OPENAI_BASE_URL),
+            api_base_url=settings.OPENAI_BASE_URL,
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
         protect_run(llm, settings)
-        find_upstream(llm)
+        watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
@@ -86,7 +86,7 @@ class PipelineWrapper(BasePipelineWrapper):
                 "prompt": {"history": history, "question": question},
                 "llm": {"system_prompt": system_prompt, "generation_kwargs": parameters},
             },
-            # Without it, HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
+            # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`.
             allow_sync_streaming_callbacks=True,
@@ -105,8 +105,11 @@ class Settings(BaseSettings):
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
     OPENAI_MODEL: str = Field("gpt-5-mini", description="the name of a model")
-    OPENAI_BASE_URL: HttpUrl = Field(HttpUrl("https://api.openai.com/v1"), description="a URL with http:// or https://")
-    OPENAI_TIMEOUT: float = Field(30, gt=0, le=3600, description="a number of seconds, above 0 and at most 3600")
+    # HttpUrl alone would read http:///v1 as a host called v1.
+    OPENAI_BASE_URL: Annotated[str, AfterValidator(lambda url: str(HttpUrl(url)))] = Field(
+        "https://api.openai.com/v1", pattern="^https?://[^/]", description="a URL with http:// or https:// and a host"
+    )
+    OPENAI_TIMEOUT: float = Field(30, ge=0.1, le=3600, description="a number of seconds from 0.1 to 3600")
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
     # The SDK's pool has 1000 connections; further streams would wait for one.
     MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000, description="a whole number from 1 to 1000")
@@ -125,12 +128,12 @@ def read_settings() -> Settings:
 # The request
 
 
-def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, list[str], str]:
+def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
     Without it a chat has no memory.
     """
-    if len(messages) > 2000:  # Haystack copies the history on the event loop, and all streams wait meanwhile
+    if len(messages) > 2000:  # all streams wait while the event loop reads one request
         bad_request("messages must not be more than 2000.")
     to_json(messages, "messages")
     system, turns, text = [], [], ""
@@ -149,7 +152,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, list[str]
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
         bad_request("messages must end with a message from the user.")
-    return "\n".join(system) or None, turns[:-1], text
+    return "\n".join(system) or None, "\n\n".join(turns[:-1]), text
 
 
 def read_text(content: Any, field: str) -> str:
@@ -161,10 +164,20 @@ def read_text(content: Any, field: str) -> str:
     return "".join(map(str, texts))
 
 
-PARAMETERS = (
-    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "presence_penalty", "frequency_penalty"),
-    *("logit_bias", "seed", "response_format", "reasoning_effort", "verbosity"),
-)
+PARAMETERS = [
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "response_format",
+    "reasoning_effort",
+    "verbosity",
+]
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
@@ -175,21 +188,17 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
         if body.get(field):
             bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
-    if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:  # copied like the history
+    # Haystack copies them on the event loop, item by item, and all streams wait meanwhile.
+    if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    if wants_usage(body):
+    options = body.get("stream_options")
+    if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
     return parameters
 
 
-def wants_usage(body: dict[str, Any]) -> bool:
-    """A whole answer always has usage; a stream has it on request."""
-    options = body.get("stream_options")
-    return not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True)
-
-
 def to_json(value: Any, field: str) -> bytes:
-    """Without it NaN, or half of a surrogate pair, fails when the SDK sends it, as if the upstream had failed."""
+    """Without it NaN, or half a surrogate pair, fails when the SDK sends it, as if the upstream had failed."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
@@ -201,28 +210,33 @@ def bad_request(sentence: str) -> NoReturn:
 
 
 # The thread and its client
+#
+# AsyncPipeline runs a component without `run_async` in a thread. The streaming callback that Hayhooks gives it puts
+# each chunk in a queue of the event loop, and async_streaming_generator yields it there.
 
 
 class Relay:
-    """Joins the thread that runs the component to its client: it gets a chunk, and waits until the client took it.
+    """Joins one run of the component, in its thread, to its client: the run goes on when the client took the chunk.
 
-    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its threads; and
+    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its thread; and
     threads that read ahead keep the event loop from sending other clients their first chunk.
     """
 
     def __init__(self) -> None:
-        self.taken = Semaphore(0)
-        self.client_left = False
-        self.finish_reason: str | None = None
-        self.upstream: openai.Stream[Any] | None = None
+        self.go_on: SimpleQueue[bool] = SimpleQueue()  # True for each chunk taken, False when the client left
+        self.upstream = ExitStack()
+        self.request_id: str | None = None
         self.failure: HTTPException | None = None
 
     def put(self, chunk: StreamingChunk, streaming_callback: Callable[[StreamingChunk], None]) -> None:
-        """In the thread: hand a chunk to Hayhooks; raises HTTPException, which ends the run, when the client left."""
-        self.finish_reason = chunk.meta.get("finish_reason") or self.finish_reason
+        """In the thread: hand a chunk to Hayhooks; raises ClientLeftError, which ends the run."""
         streaming_callback(replace(chunk, content=encodable(chunk.content)))
-        if not self.taken.acquire(timeout=60) or self.client_left:
-            raise HTTPException(408, "The client took nothing of the answer for 60 seconds.")
+        try:
+            go_on = self.go_on.get(timeout=60)
+        except Empty:  # a client that stays but reads no more would hold the thread for good
+            go_on = False
+        if not go_on:
+            raise ClientLeftError
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
@@ -231,63 +245,79 @@ class Relay:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     yield chunk
-                    self.taken.release()
+                    self.go_on.put(True)
         except Exception:
             raise self.failure or HTTPException(500, "The pipeline failed.") from None
         finally:
-            self.client_left = True
-            self.taken.release()
+            self.go_on.put(False)
         if self.failure:
             raise self.failure
+
+
+class ClientLeftError(Exception):
+    """The client left, or took nothing of the answer for 60 seconds."""
 
 
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
 def protect_run(component: Component, settings: Settings) -> None:
-    """Let a run need a place, stop with its client, and end without an exception, which Haystack and Hayhooks would
-    log with all that the upstream said."""
+    """Let each run need a place, stop with its client, close its upstream, and keep its failure for the caller.
+
+    An exception that leaves `run` is logged by Hayhooks with a traceback and all that the upstream said.
+    """
     run, places = component.run, Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
     @functools.wraps(run)
     def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
         relay = RELAY.get()
-        outputs: Mapping[str, Any] = {"replies": []}  # without any, Haystack logs that the pipeline is blocked
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            return outputs
+            return {}
         try:
-            outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
-            if not relay.finish_reason:
-                raise EOFError("the answer ended without a finish_reason")
+            with relay.upstream:
+                return run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
+        except ClientLeftError:
+            relay.failure = HTTPException(408, "The client took nothing of the answer for 60 seconds.")
         except Exception as error:
-            relay.failure = as_http_exception(error, settings.OPENAI_API_KEY)
+            relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
         finally:
-            if relay.upstream:
-                relay.upstream.close()
             places.release()
-        return outputs
+        return {}
 
-    vars(component)["run"] = protected_run
-
-
-def find_upstream(llm: OpenAIGenerator) -> None:
-    """Tell the relay which stream to close. Left to the garbage collector, it stays open, and the upstream goes on."""
-    create = llm.client.chat.completions.create
-
-    def create_and_tell(**kwargs: Any) -> Any:
-        completion = create(**kwargs)
-        if isinstance(completion, openai.Stream):
-            RELAY.get().upstream = completion
-        return completion
-
-    vars(llm.client.chat.completions)["create"] = create_and_tell
+    replaced: Any = component  # a type checker takes `run` for read-only
+    replaced.run = protected_run
 
 
-def as_http_exception(error: Exception, key: str) -> HTTPException:
-    """Log why a run failed, and return what its caller may know. In neither of them is the key, or a text of 5 MB."""
-    if isinstance(error, HTTPException):
-        return error
+def watch_upstream(llm: OpenAIGenerator) -> None:
+    """Let the run close its upstream, and tell a complete answer from one that broke off.
+
+    Without it the connection stays open, and the upstream goes on, until the garbage collector comes by. Only this
+    function, and the names in `as_http_exception`, depend on the OpenAI SDK.
+    """
+    completions: Any = llm.client.chat.completions
+    create = completions.create
+
+    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
+        relay, finished = RELAY.get(), False
+        stream = relay.upstream.enter_context(create(**request))
+        relay.request_id = stream.response.headers.get("x-request-id")
+        for chunk in stream:
+            finished = finished or any(choice.finish_reason for choice in chunk.choices)
+            if "stream_options" not in request:  # some upstreams send usage unasked
+                chunk.usage = None
+            yield chunk
+        if not finished:
+            raise EOFError("the answer ended without a finish_reason")
+
+    completions.create = create_watched
+
+
+def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
+    """Log why a run failed, and return what its caller may know.
+
+    Neither has the key, which an upstream may quote, nor more than 2000 characters of what it said.
+    """
 
     def safe(text: object) -> str:
         return encodable(str(text)).replace(key, "[key]")[:2000]
@@ -295,23 +325,23 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
     cause: BaseException = error
     while cause.__cause__:
         cause = cause.__cause__
-    message, headers = safe(cause), {}
-    status, request_id = getattr(error, "status_code", None), safe(getattr(error, "request_id", None))
+    status, message = None, safe(cause)
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
+        status, request_id = error.status_code, error.request_id
         message = safe(body.get("message") or error.response.text or error)
-        retry_after = safe(error.response.headers.get("Retry-After", ""))
-        if retry_after and retry_after.isascii() and retry_after.isprintable():
-            headers = {"Retry-After": retry_after}
-    log.error(
-        "The upstream failed: status {}, request id {!r}, {}: {!r}", status, request_id, type(cause).__name__, message
-    )
+    facts = (status, safe(request_id), type(cause).__name__, message)
+    log.error("The upstream failed: status {}, request id {!r}, {}: {!r}", *facts)
     match error:
-        case openai.BadRequestError() | openai.UnprocessableEntityError() | openai.RateLimitError():
-            return HTTPException(error.status_code, message, headers)
+        case openai.BadRequestError() | openai.UnprocessableEntityError():
+            return HTTPException(error.status_code, message)
+        case openai.RateLimitError():
+            retry_after = safe(error.response.headers.get("Retry-After"))
+            carried = re.fullmatch("[ -~]+", retry_after)  # HTTP cannot carry every text that an upstream sends
+            return HTTPException(429, message, {"Retry-After": retry_after} if carried else None)
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             return HTTPException(502, "The upstream refused the server's credentials.")
-        case _ if "Timeout" in type(cause).__name__:
+        case _ if "Timeout" in type(error).__name__:
             return HTTPException(504, "The upstream did not answer in time.")
         case _ if type(error) is openai.APIError:  # an error event within the answer
             return HTTPException(502, message)
@@ -326,60 +356,65 @@ def encodable(text: str) -> str:
 # The answer
 
 
-async def answer(chunks: AsyncGenerator[StreamingChunk], model: str, body: dict[str, Any]) -> Any:
+async def answer(
+    chunks: AsyncGenerator[StreamingChunk], model: str, stream: bool | None
+) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
     """Return what the caller expects; raises HTTPException when the upstream fails."""
     provide_threads(asyncio.get_running_loop())
     chunks = Relay().take(chunks)
-    match body.get("stream"):
-        case None:  # Hayhooks' A2A server, `run_api_async` and other Python code
-            return chunks
-        case (
-            True
-        ):  # The response begins with the first chunk. Begun before, a wrong key would be a 200 that breaks off.
-            first = await anext(chunks, StreamingChunk(""))
-            return stream_completion(first, chunks, model, wants_usage(body))
-        case _:
-            return await collect_completion(chunks, model)
+    # Hayhooks' A2A server, `run_api_async` and other Python code take Haystack's chunks.
+    if stream is None:
+        return chunks
+    if not stream:
+        return await collect_completion(chunks, model)
+    # The response begins with the first chunk. Begun before, a wrong key would be a 200 that breaks off.
+    first = await anext(chunks, None)
+    return stream_completion(first, chunks, model)
 
 
 @functools.cache  # once: the next deploy of this file brings its own executor, and the threads of this one then end
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait. It serves the whole process, so 32 threads more stay free for other pipelines and deploys."""
-    loop.set_default_executor(ThreadPoolExecutor(1000 + 32, "stream"))
+    stream would wait. It serves the whole process, so it needs more threads than streams; unused ones are not made."""
+    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 async def stream_completion(
-    first: StreamingChunk, others: AsyncGenerator[StreamingChunk], model: str, with_usage: bool
+    first: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
 ) -> AsyncGenerator[ChatCompletion]:
     """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that broke off ends with "stop"."""
     head = new_head("chat.completion.chunk", model)
-    chunk: StreamingChunk | None = first
-    usage = None
+    chunk, finished, usage = first, False, None
     try:
         async with aclosing(others):
             while chunk:
-                finish_reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage") or usage
-                if chunk.content or finish_reason or not chunk.meta.get("usage"):
-                    delta = Message(role="assistant", content=chunk.content)
-                    yield ChatCompletion(**head, choices=[Choice(index=0, delta=delta, finish_reason=finish_reason)])
+                reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage") or usage
+                finished = finished or bool(reason)
+                if chunk.content or reason or not chunk.meta.get("usage"):
+                    yield ChatCompletion(**head, choices=[delta(chunk.content, reason)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
-        event = {"message": failure.detail, "type": "server_error"}
-        yield ChatCompletion(**head, choices=[], error=event)
+        yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
         return
-    if usage and with_usage:
+    if not finished:  # a component other than OpenAIGenerator may give no finish_reason
+        yield ChatCompletion(**head, choices=[delta("", "stop")])
+    if usage:
         yield ChatCompletion(**head, choices=[], usage=usage)
 
 
+def delta(text: str, finish_reason: str | None) -> Choice:
+    return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=finish_reason)
+
+
 async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:
-    """Return a whole chat completion. Left to Hayhooks, its usage and finish_reason are lost."""
+    """Return a whole chat completion. Left to Hayhooks, it would be a stream."""
     text, finish_reason, usage = "", None, None
     async for chunk in chunks:
         text += chunk.content
         finish_reason = chunk.meta.get("finish_reason") or finish_reason
         usage = chunk.meta.get("usage") or usage
-    choice = Choice(index=0, message=Message(role="assistant", content=text), finish_reason=finish_reason)
+    message = Message(role="assistant", content=text)
+    choice = Choice(index=0, message=message, finish_reason=finish_reason or "stop")
     return ChatCompletion(**new_head("chat.completion", model), choices=[choice], usage=usage)
 
 

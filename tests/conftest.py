@@ -1,11 +1,14 @@
 """One upstream and one Hayhooks server for all tests, and a client to talk to it."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 from harness.client import Chat
-from harness.serving import Server, deployed
+from harness.serving import EXAMPLE, Server, deployed
 from harness.upstream import Upstream
+
+sys.path.insert(0, str(EXAMPLE))  # for tests of a single function
 
 
 @pytest.fixture(scope="session")

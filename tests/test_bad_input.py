@@ -1,66 +1,119 @@
-"""Bad input gets a 400 with a sentence that names the field, and costs no upstream call."""
+"""Bad input gets a 400 with one sentence that names the field, and costs no upstream call."""
 
 import json
 import math
 from typing import Any
 
 import pytest
+from fastapi import HTTPException
 from harness.client import Chat
+from harness.serving import NAME
 from harness.upstream import Upstream
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pipeline_wrapper import PARAMETERS, read_messages, read_parameters
 
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 TEXT = {"type": "text", "text": "Hi"}
 
-BAD_MESSAGES: list[tuple[str, list[Any]]] = [
-    ("messages must end", []),
-    ("messages must end", [{"role": "system", "content": "Be brief."}]),
-    ("messages must end", [USER, {"role": "assistant", "content": "Hello"}]),
-    ("messages must end", [USER, {"role": "assistant", "content": None}]),
-    ("messages must end", [USER, {"role": "system", "content": "Be brief."}]),
-    ("messages[0].content", [{"role": "user", "content": ""}]),
-    ("messages[0].content", [{"role": "user", "content": " \n\t"}]),
-    ("messages[0].content", [{"role": "user", "content": "\u2003"}]),
-    ("messages[0].content", [{"role": "user"}]),
-    ("messages[0].content", [{"role": "user", "content": None}]),
-    ("messages[0].content", [{"role": "user", "content": 5}]),
-    ("messages[0].content", [{"role": "user", "content": {"text": "Hi"}}]),
-    ("messages[0].content", [{"role": "user", "content": []}]),
-    ("messages[0].content", [{"role": "user", "content": ["Hi"]}]),
-    ("messages[0].content", [{"role": "user", "content": [{"type": "text"}]}]),
-    ("messages[0].content", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
-    ("messages[0].content", [{"role": "user", "content": [{"type": "text", "text": " "}]}]),
-    ("messages[0].content", [{"role": "user", "content": ""}, USER]),
-    ("text only", [{"role": "user", "content": [TEXT, IMAGE]}]),
-    ("text only", [{"role": "user", "content": [IMAGE]}, USER]),
-    ("text only", [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}, USER]),
-    ("text only", [{"role": "system", "content": [IMAGE]}, USER]),
-    ("messages[0].content", [{"role": "system", "content": None}, USER]),
-    ("messages[0].content", [{"role": "assistant", "content": 5}, USER]),
-    ("messages[0].role", [{"content": "Hi"}]),
-    ("messages[0].role", [{"role": None, "content": "Hi"}]),
-    ("messages[0].role", [{"role": ["user"], "content": "Hi"}]),
-    ("messages[0].role", [{"role": "User", "content": "Hi"}]),
-    ("messages[1].role", [USER, {"role": "tool", "content": "42", "tool_call_id": "1"}, USER]),
-]
-BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
-    ("n must", {"n": 2}),
-    ("n must", {"n": 0}),
-    ("n must", {"n": "1"}),
-    ("tools must", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
-    ("functions must", {"functions": [{"name": "f"}]}),
-    ("temperature must", {"temperature": math.nan}),
-    ("stop must", {"stop": "\ud800"}),
-    ("messages must be", {"messages": [{"role": "user", "content": "\ud800"}]}),
-]
-BAD = [(sentence, {"messages": messages}) for sentence, messages in BAD_MESSAGES] + BAD_FIELDS
+
+def nested(depth: int) -> list[Any]:
+    """Return a list so deep that it cannot be written as JSON."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("sentence", "messages"),
+    [
+        ("messages must end", []),
+        ("messages must end", [{"role": "system", "content": "Be brief."}]),
+        ("messages must end", [USER, {"role": "assistant", "content": "Hello"}]),
+        ("messages must end", [USER, {"role": "assistant", "content": None}]),
+        ("messages must end", [USER, {"role": "system", "content": "Be brief."}]),
+        *(
+            ("messages[0].content must not be blank", [{"role": "user", "content": content}])
+            for content in ("", " \n\t", "\u2003", [{"type": "text", "text": " "}])
+        ),
+        *(
+            ("messages[0].content must be text", [{"role": "user", "content": content}])
+            for content in (None, 5, True, {"text": "Hi"}, [], ["Hi"], [{"type": "text"}], [{"text": "Hi"}], [TEXT, None])
+        ),
+        ("messages[0].content must be text", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
+        ("messages[0].content must be text", [{"role": "user"}]),
+        ("messages[0].content must not be blank", [{"role": "user", "content": ""}, USER]),
+        ("text only", [{"role": "user", "content": [TEXT, IMAGE]}]),
+        ("text only", [{"role": "user", "content": [IMAGE]}, USER]),
+        ("text only", [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}, USER]),
+        ("text only", [{"role": "system", "content": [IMAGE]}, USER]),
+        ("messages[0].content", [{"role": "system", "content": None}, USER]),
+        ("messages[0].content", [{"role": "assistant", "content": 5}, USER]),
+        *(("messages[0].role", [{"role": role, "content": "Hi"}]) for role in (None, ["user"], "User", "", 5)),
+        ("messages[0].role", [{"content": "Hi"}]),
+        ("messages[1].role", [USER, {"role": "tool", "content": "42", "tool_call_id": "1"}, USER]),
+        ("messages[1].role", [USER, {"role": "function", "content": "42", "name": "f"}, USER]),
+        ("messages must be valid JSON", [{"role": "user", "content": "\ud800"}]),
+        ("messages must be valid JSON", [{"role": "user", "content": "Hi", "weight": math.nan}]),
+        ("messages must be valid JSON", [{"role": "user", "content": "Hi", "name": nested(100_000)}]),
+        ("messages must not be more than 2000", [USER] * 2001),
+    ],
+)
+def test_bad_messages(sentence: str, messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(HTTPException) as refused:
+        read_messages(messages)
+    assert refused.value.status_code == 400
+    assert refused.value.detail.startswith("messages")
+    assert sentence in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    ("sentence", "body"),
+    [
+        *(("n must be 1", {"n": n}) for n in (2, 0, "1", -1, 1.5, [1])),
+        ("tools must be empty", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("functions must be empty", {"functions": [{"name": "f"}]}),
+        *(("temperature must be valid JSON", {"temperature": value}) for value in (math.nan, math.inf, -math.inf)),
+        ("stop must be valid JSON", {"stop": "\ud800"}),
+        ("response_format must be valid JSON", {"response_format": nested(100_000)}),
+        ("stop must not be more than 64 KiB", {"stop": "x" * 64 * 1024}),
+        ("stop, logit_bias must not be", {"stop": ["x"] * 8000, "logit_bias": {str(n): 1 for n in range(5000)}}),
+    ],
+)
+def test_bad_parameters(sentence: str, body: dict[str, Any]) -> None:
+    with pytest.raises(HTTPException) as refused:
+        read_parameters(body)
+    assert refused.value.status_code == 400
+    assert sentence in refused.value.detail
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    assert len(read_messages([USER] * 2000)[1]) == 1999
+    stop = "x" * (64 * 1024 - 2)  # two quotation marks
+    assert read_parameters({"stop": stop, "stream": True}) == {"stop": stop}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(("sentence", "body"), BAD)
-def test_bad_input(chat: Chat, upstream: Upstream, sentence: str, body: dict[str, Any], stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("sentence", "body"),
+    [
+        ("messages must end", {"messages": []}),
+        ("messages[0].content must not be blank", {"messages": [{"role": "user", "content": " "}]}),
+        ("text only", {"messages": [{"role": "user", "content": [TEXT, IMAGE]}]}),
+        ("messages[0].role", {"messages": [{"role": "tool", "content": "42"}, USER]}),
+        ("messages must not be more than 2000", {"messages": [USER] * 2001}),
+        ("n must be 1", {"n": 2}),
+        ("tools must be empty", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ("temperature must be valid JSON", {"temperature": math.nan}),
+        ("stop must be valid JSON", {"stop": "\ud800"}),
+        ("stop must not be more than 64 KiB", {"stop": ["x" * 64] * 1024}),
+    ],
+)
+def test_bad_input_is_a_400_and_no_upstream_call(
+    chat: Chat, upstream: Upstream, sentence: str, body: dict[str, Any], stream: bool
+) -> None:
     content = json.dumps({**chat.request(), "stream": stream, **body})
     response = chat.http.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -68,40 +121,53 @@ def test_bad_input(chat: Chat, upstream: Upstream, sentence: str, body: dict[str
     assert not upstream.received
 
 
-def test_a_blank_question(chat: Chat, upstream: Upstream) -> None:
-    response = chat.http.post("/async_hybrid_streaming/run", json={"question": " "})
+def test_a_blank_question_is_a_400(chat: Chat, upstream: Upstream) -> None:
+    response = chat.http.post(f"/{NAME}/run", json={"question": " "})
     assert response.status_code == 400
     assert not upstream.received
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=10,
 )
 ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool"])
 PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text") | st.text(), "text": st.text() | ANYTHING}), max_size=3)
 MESSAGE = st.fixed_dictionaries({}, optional={"role": ROLES | ANYTHING, "content": st.text() | PARTS | ANYTHING})
-PARAMETERS = [
-    "temperature",
-    "max_tokens",
-    "stop",
-    "logit_bias",
-    "seed",
-    "response_format",
-    "n",
-    "tools",
-    "stream_options",
-]
+BODY = st.dictionaries(st.sampled_from([*PARAMETERS, "n", "tools", "functions", "stream", "stream_options"]), ANYTHING)
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    messages=ANYTHING | st.lists(MESSAGE | ANYTHING, max_size=4) | st.just([USER]),
-    parameters=st.dictionaries(st.sampled_from(PARAMETERS), ANYTHING),
-    stream=st.booleans() | ANYTHING,
-)
-def test_no_input_breaks_the_server(chat: Chat, messages: Any, parameters: dict[str, Any], stream: Any) -> None:
-    body = {"model": "async_hybrid_streaming", "messages": messages, **parameters, "stream": stream}
-    assert chat.http.post("/v1/chat/completions", json=body).status_code in (200, 400, 422)
+@settings(max_examples=300, deadline=None, database=None)
+@given(messages=st.lists(MESSAGE, max_size=4))
+@example(messages=[USER])
+def test_any_messages_are_read_or_refused(messages: list[dict[str, Any]]) -> None:
+    try:
+        system_prompt, history, question = read_messages(messages)
+    except HTTPException as refused:
+        assert refused.status_code == 400
+    else:
+        assert question.strip()
+        assert len(history) < len(messages)
+        json.dumps([system_prompt, history, question], ensure_ascii=False).encode()
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(body=BODY)
+def test_any_parameters_are_read_or_refused(body: dict[str, Any]) -> None:
+    try:
+        parameters = read_parameters(body)
+    except HTTPException as refused:
+        assert refused.status_code == 400
+    else:
+        assert set(parameters) <= {*PARAMETERS, "stream_options"}
+        json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()
+
+
+@settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(MESSAGE, max_size=4) | st.just([USER]) | ANYTHING, body=BODY)
+def test_no_input_breaks_the_server(chat: Chat, messages: Any, body: dict[str, Any]) -> None:
+    content = json.dumps({**chat.request(), "messages": messages, **body})
+    response = chat.http.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 422)
     assert chat.post().json()["choices"][0]["message"]["content"] == "Hello, world!"
