@@ -271,19 +271,20 @@ def protect_run(component: Component, settings: Settings) -> None:
     @functools.wraps(run)
     def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
         relay = RELAY.get()
+        outputs: Mapping[str, Any] = {"replies": []}  # after {} Haystack would log that the pipeline is blocked
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            return {}
+            return outputs
         try:
             with relay.upstream:
-                return run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
+                outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
             relay.failure = HTTPException(408, "The client took nothing of the answer for 60 seconds.")
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
         finally:
             places.release()
-        return {}
+        return outputs
 
     replaced: Any = component  # a type checker takes `run` for read-only
     replaced.run = protected_run

@@ -40,7 +40,17 @@ def nested(depth: int) -> list[Any]:
         ),
         *(
             ("messages[0].content must be text", [{"role": "user", "content": content}])
-            for content in (None, 5, True, {"text": "Hi"}, [], ["Hi"], [{"type": "text"}], [{"text": "Hi"}], [TEXT, None])
+            for content in (
+                None,
+                5,
+                True,
+                {"text": "Hi"},
+                [],
+                ["Hi"],
+                [{"type": "text"}],
+                [{"text": "Hi"}],
+                [TEXT, None],
+            )
         ),
         ("messages[0].content must be text", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
         ("messages[0].content must be text", [{"role": "user"}]),
