@@ -1,7 +1,7 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-`PipelineWrapper` is the example. All that stands below it protects it in production, in the order in which data flows:
-the settings, the request, the thread and its client, the answer. Each piece says what goes wrong without it.
+`PipelineWrapper` is the example. What it needs in production stands below it, in the order in which data flows: the
+settings, the request, the thread and its client, the answer.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def protected(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Pass what a chat method returns on to `answer`, which begins the last part of this file."""
+    """Let `answer`, in the last part of this file, give each caller the chunks in the form that it expects."""
 
     @functools.wraps(chat)
     async def protected_chat(
@@ -66,7 +66,8 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        protect_run(llm, settings)
+        # A limit on streams that stop with their clients; a connection that is closed, an answer that is complete.
+        protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
         watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -88,7 +89,8 @@ class PipelineWrapper(BasePipelineWrapper):
             },
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
             streaming_components=["llm"],
-            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`.
+            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. For a
+            # component that has one, delete this line, and above it `protect_run` and `watch_upstream`.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -104,14 +106,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True)
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
-    OPENAI_MODEL: str = Field("gpt-5-mini", description="the name of a model")
+    OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1, description="the name of a model")
     # HttpUrl alone would read http:///v1 as a host called v1.
     OPENAI_BASE_URL: Annotated[str, AfterValidator(lambda url: str(HttpUrl(url)))] = Field(
         "https://api.openai.com/v1", pattern="^https?://[^/]", description="a URL with http:// or https:// and a host"
     )
     OPENAI_TIMEOUT: float = Field(30, ge=0.1, le=3600, description="a number of seconds from 0.1 to 3600")
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
-    # The SDK's pool has 1000 connections; further streams would wait for one.
+    # The OpenAI client's pool has 1000 connections; further streams would wait for one.
     MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000, description="a whole number from 1 to 1000")
 
 
@@ -157,13 +159,19 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
 def read_text(content: Any, field: str) -> str:
     """Join text parts. Without it clients that send a list of parts, as OpenAI allows, are refused."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not parts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        bad_request(f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only.")
-    return "".join(map(str, texts))
+    texts = []
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                bad_request(f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only.")
+    if not texts:
+        bad_request(f"{field} must have a part.")
+    return "".join(texts)
 
 
+# The parameters that make sense for one answer in text.
 PARAMETERS = [
     "temperature",
     "top_p",
@@ -181,7 +189,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return what is forwarded; raises HTTPException. Other fields, such as a chat UI's own, are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. A chat UI's own fields, say, are dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -191,6 +199,7 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     # Haystack copies them on the event loop, item by item, and all streams wait meanwhile.
     if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
+    # A whole answer always has usage, a stream has it on request. (The upstream streams in both cases.)
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -198,7 +207,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json(value: Any, field: str) -> bytes:
-    """Without it NaN, or half a surrogate pair, fails when the SDK sends it, as if the upstream had failed."""
+    """Return JSON; raises HTTPException. Without it NaN, or half a surrogate pair, fails only when it is sent to the
+    upstream, as if that had failed."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
@@ -211,77 +221,81 @@ def bad_request(sentence: str) -> NoReturn:
 
 # The thread and its client
 #
-# AsyncPipeline runs a component without `run_async` in a thread. The streaming callback that Hayhooks gives it puts
-# each chunk in a queue of the event loop, and async_streaming_generator yields it there.
-
-
-class Relay:
-    """Joins one run of the component, in its thread, to its client: the run goes on when the client took the chunk.
-
-    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its thread; and
-    threads that read ahead keep the event loop from sending other clients their first chunk.
-    """
-
-    def __init__(self) -> None:
-        self.go_on: SimpleQueue[bool] = SimpleQueue()  # True for each chunk taken, False when the client left
-        self.upstream = ExitStack()
-        self.request_id: str | None = None
-        self.failure: HTTPException | None = None
-
-    def put(self, chunk: StreamingChunk, streaming_callback: Callable[[StreamingChunk], None]) -> None:
-        """In the thread: hand a chunk to Hayhooks; raises ClientLeftError, which ends the run."""
-        streaming_callback(replace(chunk, content=encodable(chunk.content)))
-        try:
-            go_on = self.go_on.get(timeout=60)
-        except Empty:  # a client that stays but reads no more would hold the thread for good
-            go_on = False
-        if not go_on:
-            raise ClientLeftError
-
-    async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
-        RELAY.set(self)  # asyncio and Haystack copy it into the thread
-        try:
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    yield chunk
-                    self.go_on.put(True)
-        except Exception:
-            raise self.failure or HTTPException(500, "The pipeline failed.") from None
-        finally:
-            self.go_on.put(False)
-        if self.failure:
-            raise self.failure
+# 1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
+# 2. For each chunk the component calls, in its thread, a `streaming_callback`: here `Relay.put`.
+# 3. `put` calls the callback of Hayhooks, which carries the chunk over to the event loop, and waits.
+# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to `answer`.
+# 5. When the client's next chunk is due, `take` lets `put` return, and the component reads the next one.
 
 
 class ClientLeftError(Exception):
     """The client left, or took nothing of the answer for 60 seconds."""
 
 
+class Relay:
+    """Joins one run of the component, in its thread, to its client, on the event loop.
+
+    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its thread; and
+    threads that read ahead keep the event loop from sending other clients their first chunk.
+    """
+
+    def __init__(self) -> None:
+        self.taken: SimpleQueue[bool] = SimpleQueue()  # True for each chunk that the client took, False when it left
+        self.to_close = ExitStack()  # what the run opens, and must not leave open
+        self.request_id: str | None = None  # the upstream's, for the log
+        self.failure: HTTPException | None = None  # why the run failed
+
+    def put(self, chunk: StreamingChunk, streaming_callback: Callable[[StreamingChunk], None]) -> None:
+        """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
+        streaming_callback(replace(chunk, content=encodable(chunk.content)))
+        try:
+            taken = self.taken.get(timeout=60)
+        except Empty:  # without a limit a client that stays, but reads no more, holds the thread for good
+            taken = False
+        if not taken:
+            raise ClientLeftError
+
+    async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
+        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
+        RELAY.set(self)  # the run finds it there: asyncio and Haystack copy the context into the thread
+        async with aclosing(chunks):
+            try:
+                async for chunk in chunks:
+                    yield chunk
+                    self.taken.put(True)
+            except Exception:  # of another component; its text is not for the caller
+                raise HTTPException(500, "The pipeline failed.") from None
+            finally:
+                self.taken.put(False)
+        if self.failure:
+            raise self.failure
+
+
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
-def protect_run(component: Component, settings: Settings) -> None:
-    """Let each run need a place, stop with its client, close its upstream, and keep its failure for the caller.
+def protect_run(component: Component, max_streams: int, key: str | None = None) -> None:
+    """Replace the component's `run` by one that needs a place, stops with its client, closes what it opened, and
+    keeps its failure for the caller. An exception that leaves `run` is logged with all that the upstream said.
 
-    An exception that leaves `run` is logged by Hayhooks with a traceback and all that the upstream said.
+    No log and no answer shows the `key`.
     """
-    run, places = component.run, Semaphore(settings.MAX_CONCURRENT_STREAMS)
+    run, places = component.run, Semaphore(max_streams)
 
     @functools.wraps(run)
     def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
         relay = RELAY.get()
-        outputs: Mapping[str, Any] = {"replies": []}  # after {} Haystack would log that the pipeline is blocked
+        outputs: Mapping[str, Any] = {"replies": []}  # with {} Haystack logs that the pipeline is blocked
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
             return outputs
         try:
-            with relay.upstream:
+            with relay.to_close:
                 outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
-            relay.failure = HTTPException(408, "The client took nothing of the answer for 60 seconds.")
+            relay.failure = HTTPException(408, ClientLeftError.__doc__)
         except Exception as error:
-            relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
+            relay.failure = as_http_exception(error, relay.request_id, key)
         finally:
             places.release()
         return outputs
@@ -291,17 +305,17 @@ def protect_run(component: Component, settings: Settings) -> None:
 
 
 def watch_upstream(llm: OpenAIGenerator) -> None:
-    """Let the run close its upstream, and tell a complete answer from one that broke off.
+    """Let the run close the upstream's connection, and tell a complete answer from one that broke off.
 
-    Without it the connection stays open, and the upstream goes on, until the garbage collector comes by. Only this
-    function, and the names in `as_http_exception`, depend on the OpenAI SDK.
+    Without it an abandoned connection stays open, and the upstream goes on, until the garbage collector comes by.
+    This function and the exceptions in `as_http_exception` belong to the OpenAI SDK; another component needs neither.
     """
     completions: Any = llm.client.chat.completions
     create = completions.create
 
     def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, finished = RELAY.get(), False
-        stream = relay.upstream.enter_context(create(**request))
+        stream = relay.to_close.enter_context(create(**request))
         relay.request_id = stream.response.headers.get("x-request-id")
         for chunk in stream:
             finished = finished or any(choice.finish_reason for choice in chunk.choices)
@@ -314,14 +328,15 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
     completions.create = create_watched
 
 
-def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
+def as_http_exception(error: Exception, request_id: str | None, key: str | None) -> HTTPException:
     """Log why a run failed, and return what its caller may know.
 
-    Neither has the key, which an upstream may quote, nor more than 2000 characters of what it said.
+    Neither has the key, which an upstream may quote, nor more than 2000 characters of what the upstream said.
     """
 
     def safe(text: object) -> str:
-        return encodable(str(text)).replace(key, "[key]")[:2000]
+        encoded = encodable(str(text))
+        return (encoded.replace(key, "[key]") if key else encoded)[:2000]
 
     cause: BaseException = error
     while cause.__cause__:
@@ -333,16 +348,18 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
         message = safe(body.get("message") or error.response.text or error)
     facts = (status, safe(request_id), type(cause).__name__, message)
     log.error("The upstream failed: status {}, request id {!r}, {}: {!r}", *facts)
+
     match error:
         case openai.BadRequestError() | openai.UnprocessableEntityError():
             return HTTPException(error.status_code, message)
         case openai.RateLimitError():
-            retry_after = safe(error.response.headers.get("Retry-After"))
-            carried = re.fullmatch("[ -~]+", retry_after)  # HTTP cannot carry every text that an upstream sends
-            return HTTPException(429, message, {"Retry-After": retry_after} if carried else None)
+            retry_after = safe(error.response.headers.get("Retry-After", ""))
+            if not re.fullmatch("[ -~]+", retry_after):  # missing, or no text for a header
+                return HTTPException(429, message)
+            return HTTPException(429, message, {"Retry-After": retry_after})
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             return HTTPException(502, "The upstream refused the server's credentials.")
-        case _ if "Timeout" in type(error).__name__:
+        case _ if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
             return HTTPException(504, "The upstream did not answer in time.")
         case _ if type(error) is openai.APIError:  # an error event within the answer
             return HTTPException(502, message)
@@ -360,23 +377,25 @@ def encodable(text: str) -> str:
 async def answer(
     chunks: AsyncGenerator[StreamingChunk], model: str, stream: bool | None
 ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
-    """Return what the caller expects; raises HTTPException when the upstream fails."""
+    """Return the chunks in the form that the caller expects; raises HTTPException when the upstream fails.
+
+    Begun before the first chunk, a streamed response to a wrong key would be a 200 that breaks off.
+    """
     provide_threads(asyncio.get_running_loop())
     chunks = Relay().take(chunks)
-    # Hayhooks' A2A server, `run_api_async` and other Python code take Haystack's chunks.
-    if stream is None:
+    if stream is None:  # not from the OpenAI endpoint, but from Hayhooks' A2A server, `run_api_async`, or your code
         return chunks
     if not stream:
         return await collect_completion(chunks, model)
-    # The response begins with the first chunk. Begun before, a wrong key would be a 200 that breaks off.
     first = await anext(chunks, None)
     return stream_completion(first, chunks, model)
 
 
-@functools.cache  # once: the next deploy of this file brings its own executor, and the threads of this one then end
+@functools.cache  # once for each deploy: the next one replaces the executor, and its idle threads end
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait. It serves the whole process, so it needs more threads than streams; unused ones are not made."""
+    stream would wait. The executor serves the whole process, other copies of this file and other pipelines included;
+    so the limit is high, and threads are made only when needed."""
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
@@ -388,10 +407,11 @@ async def stream_completion(
     chunk, finished, usage = first, False, None
     try:
         async with aclosing(others):
-            while chunk:
+            while chunk is not None:
                 reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage") or usage
                 finished = finished or bool(reason)
-                if chunk.content or reason or not chunk.meta.get("usage"):
+                only_usage = chunk.meta.get("usage") and not chunk.content and not reason
+                if not only_usage:
                     yield ChatCompletion(**head, choices=[delta(chunk.content, reason)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
@@ -408,7 +428,7 @@ def delta(text: str, finish_reason: str | None) -> Choice:
 
 
 async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:
-    """Return a whole chat completion. Left to Hayhooks, it would be a stream."""
+    """Return one whole chat completion. Left to Hayhooks, every answer is a stream."""
     text, finish_reason, usage = "", None, None
     async for chunk in chunks:
         text += chunk.content

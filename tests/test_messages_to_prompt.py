@@ -8,9 +8,16 @@ from harness.client import Chat, text_of
 from harness.serving import KEY
 from harness.upstream import Reply, Upstream
 from haystack.components.builders import PromptBuilder
+
 from pipeline_wrapper import PARAMETERS, PROMPT, read_messages, read_parameters
 
 USER = {"role": "user", "content": "the question"}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 ADA = [{"role": "user", "content": "I am {{ Ada }}."}, {"role": "assistant", "content": "Hello Ada."}]
 
 
@@ -27,33 +34,32 @@ def test_one_message_is_the_prompt(text: str) -> None:
     assert PromptBuilder(PROMPT).run(history=history, question=question) == {"prompt": text}
 
 
+def system(content: Any, role: str = "system") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
 @pytest.mark.parametrize(
     ("messages", "system_prompt", "history"),
     [
-        ([USER], None, []),
-        ([{"role": "system", "content": "Be brief."}, USER], "Be brief.", []),
-        ([{"role": "developer", "content": "Be brief."}, USER], "Be brief.", []),
+        ([USER], None, ""),
+        ([system("Be brief."), USER], "Be brief.", ""),
+        ([system("Be brief.", role="developer"), USER], "Be brief.", ""),
         (
-            [{"role": "developer", "content": "One."}, *ADA, {"role": "system", "content": "Two."}, USER],
+            [system("One.", role="developer"), *ADA, system("Two."), USER],
             "One.\nTwo.",
-            ["user: I am {{ Ada }}.", "assistant: Hello Ada."],
+            "user: I am {{ Ada }}.\n\nassistant: Hello Ada.",
         ),
-        ([{"role": "system", "content": ""}, USER], None, []),
-        ([{"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}, USER],)
-        + ("Be brief.", []),
-        ([USER, {"role": "assistant", "content": None}, USER], None, ["user: the question"]),
-        ([USER, {"role": "assistant"}, USER], None, ["user: the question"]),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, USER], None, []),
-        ([{"role": "assistant", "content": ""}, USER], None, ["assistant: "]),
+        ([system(""), USER], None, ""),
+        ([system(parts("Be ", "brief.")), USER], "Be brief.", ""),
+        ([USER, {"role": "assistant", "content": None}, USER], None, "user: the question"),
+        ([USER, {"role": "assistant"}, USER], None, "user: the question"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, USER], None, ""),
+        ([{"role": "assistant", "content": ""}, USER], None, "assistant: "),
+        ([{"role": "user", "content": parts("the ", "", "question")}], None, ""),
     ],
 )
-def test_reading_a_conversation(messages: list[dict[str, Any]], system_prompt: str | None, history: list[str]) -> None:
+def test_reading_a_conversation(messages: list[dict[str, Any]], system_prompt: str | None, history: str) -> None:
     assert read_messages(messages) == (system_prompt, history, "the question")
-
-
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": ""}, {"type": "text", "text": "question"}]
-    assert read_messages([{"role": "user", "content": parts}]) == (None, [], "the question")
 
 
 def test_a_conversation_reaches_the_model_as_one_prompt(chat: Chat, upstream: Upstream) -> None:
@@ -96,17 +102,25 @@ def test_a_parameter_is_forwarded_unless_it_is_null(value: Any) -> None:
 
 
 ASKED = {"include_usage": True}
+UNASKED: list[Any] = [
+    None,
+    {},
+    [],
+    "include_usage",
+    5,
+    *({"include_usage": value} for value in (False, None, "true", 1)),
+]
 
 
 @pytest.mark.parametrize(
     ("body", "asked"),
     [
         ({}, True),
+        ({"stream": None}, True),
         ({"stream": False}, True),
         ({"stream": True, "stream_options": ASKED}, True),
         ({"stream": True}, False),
-        *(({"stream": True, "stream_options": options}, False) for options in (None, {}, [], "include_usage", 5)),
-        *(({"stream": True, "stream_options": {"include_usage": value}}, False) for value in (False, None, "true", 1)),
+        *(({"stream": True, "stream_options": options}, False) for options in UNASKED),
     ],
 )
 def test_the_upstream_is_asked_for_usage_when_it_is_needed(body: dict[str, Any], asked: bool) -> None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx
 import openai
 
-from harness.serving import NAME, Server
+from harness.serving import NAME, Server, wait_until
 
 
 class Chat:
@@ -41,6 +41,23 @@ class Chat:
             response.raise_for_status()
             yield events_of(response.iter_raw())
 
+    @contextlib.contextmanager
+    def open_patiently(self, messages: Any = "Hi") -> Iterator[Iterator[dict[str, Any]]]:
+        """Open a stream; ask again while all places are taken, as a thread may outlive its client for a moment."""
+        with contextlib.ExitStack() as stack:
+            opened: list[Iterator[dict[str, Any]]] = []
+
+            def is_open() -> bool:
+                try:
+                    opened.append(stack.enter_context(self.open(messages)))
+                except httpx.HTTPStatusError as refused:
+                    if refused.response.status_code != 503:
+                        raise
+                return bool(opened)
+
+            wait_until(is_open, "a place")
+            yield opened[0]
+
     def events(self, messages: Any = "Hi", **body: Any) -> list[dict[str, Any]]:
         """Return every event of a stream."""
         with self.open(messages, **body) as events:
@@ -56,9 +73,14 @@ def events_of(content: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     assert rest == b"", f"the stream broke off within an event: {rest!r}"
 
 
-def text_of(events: list[dict[str, Any]]) -> str:
-    return "".join(choice["delta"]["content"] for event in events for choice in event["choices"])
+def texts_of(events: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield the texts of a stream, without the empty ones that name a role or a finish_reason."""
+    return (choice["delta"]["content"] for event in events for choice in event["choices"] if choice["delta"]["content"])
 
 
-def finish_reasons(events: list[dict[str, Any]]) -> list[str]:
+def text_of(events: Iterable[dict[str, Any]]) -> str:
+    return "".join(texts_of(events))
+
+
+def finish_reasons(events: Iterable[dict[str, Any]]) -> list[str]:
     return [choice["finish_reason"] for event in events for choice in event["choices"] if choice["finish_reason"]]

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Server:
         return (self.folder / "server.log").read_text()
 
     def deploy(self, wrapper: Path = WRAPPER, name: str = NAME) -> None:
-        """Deploy a copy of the wrapper alone; raise DeployError with the CLI's output when it is refused."""
+        """Deploy a copy of the wrapper alone with the CLI; raise DeployError with its output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
             shutil.copy(wrapper, Path(clean) / "pipeline_wrapper.py")
             command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, "--overwrite", clean]
@@ -75,22 +75,40 @@ def running(command: list[str], url: str, **options: Any) -> Iterator[subprocess
         process.wait()
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], timeout: float = 60) -> None:
-    """Block until the URL answers; raise RuntimeError when the process ends or `timeout` seconds pass first."""
-    until = time.monotonic() + timeout
-    while time.monotonic() < until and process.poll() is None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+    """Block until the condition holds; raise TimeoutError, which says what was waited for, after so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(f"waited {seconds:.0f} seconds for {what}")
+        time.sleep(0.05)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Block until the URL answers; raise RuntimeError when the process ends first."""
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"the process ended before {url} answered")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(url, timeout=5).close()
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"{url} never answered")
+            return True
+        return False
+
+    wait_until(answers, url)
 
 
 @contextlib.contextmanager
-def hayhooks(*options: str, **variables: str) -> Iterator[Server]:
-    """Run a Hayhooks server with these variables and none of the caller's own, and end it afterwards."""
+def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **variables: str) -> Iterator[Server]:
+    """Run `hayhooks run`, or another command that serves, with these variables and none of the caller's own.
+
+    A wrapper lies in the pipelines directory at the start, under the example's name.
+    """
     port = int(variables.get("HAYHOOKS_PORT") or free_port())
     with tempfile.TemporaryDirectory() as folder:
+        if wrapper:
+            (Path(folder) / "pipelines" / NAME).mkdir(parents=True)
+            shutil.copy(wrapper, Path(folder) / "pipelines" / NAME / "pipeline_wrapper.py")
         ours = ("OPENAI_", "HAYHOOKS_", "MAX_CONCURRENT_STREAMS")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment = {
@@ -101,18 +119,17 @@ def hayhooks(*options: str, **variables: str) -> Iterator[Server]:
             "HAYSTACK_TELEMETRY_ENABLED": "False",
             **variables,
         }
-        command = [HAYHOOKS, "run", *options]
+        started = [HAYHOOKS, *command.split(), "--host", "127.0.0.1", "--port", str(port), *options]
         url = f"http://127.0.0.1:{port}/status"
         with (
             open(f"{folder}/server.log", "wb") as log,
-            running(command, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
+            running(started, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
         ):
             yield Server(process, port, environment, Path(folder))
 
 
 @contextlib.contextmanager
-def deployed(*options: str, wrapper: Path = WRAPPER, **variables: str) -> Iterator[Server]:
-    """Run a Hayhooks server with a key, and deploy a wrapper to it; raise DeployError when that is refused."""
-    with hayhooks(*options, **{"OPENAI_API_KEY": KEY, **variables}) as server:
-        server.deploy(wrapper)
+def deployed(*options: str, command: str = "run", wrapper: Path | str = WRAPPER, **variables: str) -> Iterator[Server]:
+    """Serve a wrapper, the example's unless told otherwise, with a key."""
+    with hayhooks(*options, command=command, wrapper=wrapper, **{"OPENAI_API_KEY": KEY, **variables}) as server:
         yield server

@@ -20,14 +20,22 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 
 @dataclass
 class Reply:
-    """What to answer. `pace` is in seconds; a `gated` reply waits before each token and the end for `release`."""
+    """What to answer. `pace` is in seconds; a `gated` reply waits before each token and the end for `release`.
+
+    Before the tokens comes a chunk with the role alone, as OpenAI sends it, and then the `thoughts`, as deltas with
+    `reasoning_content` and no text; both are paced and gated like tokens, but for the role.
+    """
 
     tokens: Sequence[str] = ("Hello", ", ", "world", "!")
+    role: bool = True
+    thoughts: int = 0
     pace: float = 0.0
     gated: bool = False
     finish_reason: str | None = "stop"
+    finish_first: bool = False  # with each token, and not in a chunk of its own
     usage_unasked: bool = False
-    then: Literal["end", "break", "stall", "error", "nonsense", "no choices"] = "end"
+    usage_early: bool = False  # with the last token, too
+    then: Literal["end", "late text", "break", "stall", "error", "nonsense", "no choices"] = "end"
     error: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -102,6 +110,15 @@ class Upstream:
             if not self.changed.wait_for(condition, timeout):
                 raise TimeoutError(f"the upstream never came so far: {self.received}")
 
+    def wait_until_still(self, seconds: float = 1) -> int:
+        """Block until nothing has been sent for so long; return how many tokens the last answer has sent by then."""
+        sent = -1
+        with self.changed:
+            while sent < self.received[-1].sent:
+                sent = self.received[-1].sent
+                self.changed.wait_for(lambda: False, seconds)
+        return sent
+
     def note(self, received: Received, **changes: Any) -> None:
         with self.changed:
             for name, value in changes.items():
@@ -143,17 +160,22 @@ class Upstream:
             choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
             return await self.send_json(send, 200, {**self.frame("", received), "choices": [choice], "usage": USAGE})
         await self.start(send, 200, {"content-type": "text/event-stream", **reply.headers})
-        await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
+        if reply.role:
+            await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
         begin = self.loop.time()
-        for number, token in enumerate(reply.tokens, start=1):
+        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [{"content": token} for token in reply.tokens]
+        for number, delta in enumerate(deltas, start=1):
             if reply.gated:
                 await self.is_released(number)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
-            await self.send_choice(send, received, delta={"content": token})
+            usage = USAGE if reply.usage_early and number == len(deltas) else None
+            await self.send_choice(send, received, delta, reply.finish_reason if reply.finish_first else None, usage)
             self.note(received, sent=number)
         if reply.gated:
-            await self.is_released(len(reply.tokens) + 1)
+            await self.is_released(len(deltas) + 1)
+        if reply.then == "late text":
+            await self.send_choice(send, received, delta={"content": ", late"})
         if reply.then == "no choices":
             await send(event({"choices": None}))
         if reply.then in ("stall", "no choices"):
@@ -165,7 +187,8 @@ class Upstream:
         elif reply.then == "nonsense":
             await send(body(b"data: {not JSON\n\n"))
         elif reply.finish_reason:
-            await self.send_choice(send, received, finish_reason=reply.finish_reason)
+            if not reply.finish_first:
+                await self.send_choice(send, received, finish_reason=reply.finish_reason)
             if reply.usage_unasked or (received.body.get("stream_options") or {}).get("include_usage"):
                 await send(event({**self.frame(".chunk", received), "choices": [], "usage": USAGE}))
         await send(body(b"data: [DONE]\n\n"))
@@ -175,13 +198,18 @@ class Upstream:
         return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": received.body["model"]}
 
     async def send_choice(
-        self, send: Any, received: Received, delta: Any = None, finish_reason: str | None = None
+        self,
+        send: Any,
+        received: Received,
+        delta: Any = None,
+        finish_reason: str | None = None,
+        usage: dict[str, int] | None = None,
     ) -> None:
         choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
-        await send(event({**self.frame(".chunk", received), "choices": [choice]}))
+        await send(event({**self.frame(".chunk", received), "choices": [choice], "usage": usage}))
 
     async def start(self, send: Any, status: int, headers: dict[str, str]) -> None:
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def send_json(self, send: Any, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
