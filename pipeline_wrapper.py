@@ -1,7 +1,7 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-`PipelineWrapper` is the example. What it needs in production stands below it, in the order in which data flows: the
-settings, the request, the thread and its client, the answer.
+`PipelineWrapper` is the example. What it needs in production follows in the order in which data flows: the settings,
+the request, the thread and its client, the answer.
 """
 
 import asyncio
@@ -41,16 +41,16 @@ except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
 PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
-def protected(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Let `answer`, in the last part of this file, give each caller the chunks in the form that it expects."""
+def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
+    """Give each caller the chunks of a chat method in the form that it expects: see `answer`, near the end."""
 
     @functools.wraps(chat)
-    async def protected_chat(
+    async def chat_for_every_caller(
         self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> Any:
         return await answer(await chat(self, model, messages, body), model, body.get("stream"))
 
-    return protected_chat
+    return chat_for_every_caller
 
 
 class PipelineWrapper(BasePipelineWrapper):
@@ -66,15 +66,16 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # A limit on streams that stop with their clients; a connection that is closed, an answer that is complete.
+        # Limits the streams, and ends each with its client.
         protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
+        # Closes the connection, and notices an answer that broke off.
         watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
-    @protected
+    @for_every_caller
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
@@ -89,8 +90,8 @@ class PipelineWrapper(BasePipelineWrapper):
             },
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
             streaming_components=["llm"],
-            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. For a
-            # component that has one, delete this line, and above it `protect_run` and `watch_upstream`.
+            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
+            # component that has one, this line, `protect_run` and `watch_upstream` do nothing, and can go.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -133,7 +134,7 @@ def read_settings() -> Settings:
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
-    Without it a chat has no memory.
+    With the last message alone, a chat would have no memory.
     """
     if len(messages) > 2000:  # all streams wait while the event loop reads one request
         bad_request("messages must not be more than 2000.")
@@ -158,7 +159,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
 
 def read_text(content: Any, field: str) -> str:
-    """Join text parts. Without it clients that send a list of parts, as OpenAI allows, are refused."""
+    """Return the text of a message; raises HTTPException. OpenAI's API allows a list of parts, too."""
     texts = []
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         match part:
@@ -189,7 +190,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. A chat UI's own fields, say, are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. All other fields are dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -199,7 +200,7 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     # Haystack copies them on the event loop, item by item, and all streams wait meanwhile.
     if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # A whole answer always has usage, a stream has it on request. (The upstream streams in both cases.)
+    # The upstream streams in both cases. A whole answer always has usage, a stream has it on request.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -207,8 +208,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json(value: Any, field: str) -> bytes:
-    """Return JSON; raises HTTPException. Without it NaN, or half a surrogate pair, fails only when it is sent to the
-    upstream, as if that had failed."""
+    """Return JSON; raises HTTPException for NaN or half a surrogate pair, say. Unchecked, these fail when they are sent
+    to the upstream, as if that had failed."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
@@ -222,10 +223,10 @@ def bad_request(sentence: str) -> NoReturn:
 # The thread and its client
 #
 # 1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
-# 2. For each chunk the component calls, in its thread, a `streaming_callback`: here `Relay.put`.
-# 3. `put` calls the callback of Hayhooks, which carries the chunk over to the event loop, and waits.
+# 2. For each chunk the component calls its `streaming_callback`, in that thread: this is `Relay.put`.
+# 3. `put` calls Hayhooks' own callback, which carries the chunk over to the event loop. Then `put` waits.
 # 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to `answer`.
-# 5. When the client's next chunk is due, `take` lets `put` return, and the component reads the next one.
+# 5. When `take` is asked for the next chunk, it lets `put` return, and the component reads on.
 
 
 class ClientLeftError(Exception):
@@ -235,22 +236,22 @@ class ClientLeftError(Exception):
 class Relay:
     """Joins one run of the component, in its thread, to its client, on the event loop.
 
-    Without it a user who presses Stop goes on being billed, as cancelling a pipeline does not end its thread; and
-    threads that read ahead keep the event loop from sending other clients their first chunk.
+    Left to itself, a run goes on when its client has left, and a user who pressed Stop is billed for all of it. And
+    runs that read ahead of their clients keep the event loop from sending other clients their first chunk.
     """
 
     def __init__(self) -> None:
         self.taken: SimpleQueue[bool] = SimpleQueue()  # True for each chunk that the client took, False when it left
-        self.to_close = ExitStack()  # what the run opens, and must not leave open
+        self.to_close = ExitStack()  # what closes with the run: `watch_upstream` adds the connection
         self.request_id: str | None = None  # the upstream's, for the log
         self.failure: HTTPException | None = None  # why the run failed
 
-    def put(self, chunk: StreamingChunk, streaming_callback: Callable[[StreamingChunk], None]) -> None:
+    def put(self, chunk: StreamingChunk, hand_over: Callable[[StreamingChunk], None]) -> None:
         """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
-        streaming_callback(replace(chunk, content=encodable(chunk.content)))
+        hand_over(replace(chunk, content=encodable(chunk.content)))
         try:
             taken = self.taken.get(timeout=60)
-        except Empty:  # without a limit a client that stays, but reads no more, holds the thread for good
+        except Empty:  # a client that stays, but reads no more, would hold the thread for good
             taken = False
         if not taken:
             raise ClientLeftError
@@ -263,7 +264,7 @@ class Relay:
                 async for chunk in chunks:
                     yield chunk
                     self.taken.put(True)
-            except Exception:  # of another component; its text is not for the caller
+            except Exception:  # from another component, and not for the caller's eyes
                 raise HTTPException(500, "The pipeline failed.") from None
             finally:
                 self.taken.put(False)
@@ -275,10 +276,11 @@ RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
 def protect_run(component: Component, max_streams: int, key: str | None = None) -> None:
-    """Replace the component's `run` by one that needs a place, stops with its client, closes what it opened, and
-    keeps its failure for the caller. An exception that leaves `run` is logged with all that the upstream said.
+    """Replace the component's `run` by one that takes one of so many places, ends with its client, closes its
+    `to_close`, and keeps its failure for the caller.
 
-    No log and no answer shows the `key`.
+    It raises nothing, as Hayhooks would log the exception with a traceback and all that the upstream said. The log
+    line and the failure that take its place do not show the `key`.
     """
     run, places = component.run, Semaphore(max_streams)
 
@@ -293,7 +295,7 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
             with relay.to_close:
                 outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
-            relay.failure = HTTPException(408, ClientLeftError.__doc__)
+            relay.failure = HTTPException(408, "The client took nothing of the answer for 60 seconds.")
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, key)
         finally:
@@ -307,13 +309,13 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
 def watch_upstream(llm: OpenAIGenerator) -> None:
     """Let the run close the upstream's connection, and tell a complete answer from one that broke off.
 
-    Without it an abandoned connection stays open, and the upstream goes on, until the garbage collector comes by.
-    This function and the exceptions in `as_http_exception` belong to the OpenAI SDK; another component needs neither.
+    The SDK leaves an abandoned connection to the garbage collector, and the upstream goes on until that comes by.
+    Only this function and the exceptions in `as_http_exception` belong to the OpenAI SDK.
     """
     completions: Any = llm.client.chat.completions
     create = completions.create
 
-    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
+    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:  # runs when the first chunk is asked for
         relay, finished = RELAY.get(), False
         stream = relay.to_close.enter_context(create(**request))
         relay.request_id = stream.response.headers.get("x-request-id")
@@ -379,11 +381,11 @@ async def answer(
 ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
     """Return the chunks in the form that the caller expects; raises HTTPException when the upstream fails.
 
-    Begun before the first chunk, a streamed response to a wrong key would be a 200 that breaks off.
+    A stream begins with its first chunk: begun before, the response to a wrong key would be a 200, too.
     """
     provide_threads(asyncio.get_running_loop())
     chunks = Relay().take(chunks)
-    if stream is None:  # not from the OpenAI endpoint, but from Hayhooks' A2A server, `run_api_async`, or your code
+    if stream is None:  # Hayhooks' A2A server, `run_api_async` and your own code; the OpenAI endpoint always sets it
         return chunks
     if not stream:
         return await collect_completion(chunks, model)
@@ -391,7 +393,7 @@ async def answer(
     return stream_completion(first, chunks, model)
 
 
-@functools.cache  # once for each deploy: the next one replaces the executor, and its idle threads end
+@functools.cache  # once for each deploy, whose executor then replaces the last one's, and lets its threads end
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
     stream would wait. The executor serves the whole process, other copies of this file and other pipelines included;

@@ -1,6 +1,6 @@
 """Measure this example against its upstream, the plain example and the async way, all in one run.
 
-Prints Markdown tables. A full run also draws `benchmark.svg` beside this file.
+Prints Markdown tables. A full run also writes them to `benchmark.md` beside this file, and draws `benchmark.svg`.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from harness.client import content_of
 from harness.readme import python_block
-from harness.serving import EXAMPLE, NAME, free_port, hayhooks, running
+from harness.serving import EXAMPLE, NAME, deployed, free_port, running
 from rich.progress import track
 
 TESTS = Path(__file__).parent
@@ -62,19 +63,15 @@ def variants() -> Iterator[tuple[int, list[Variant]]]:
         stack.enter_context(running(upstream, f"http://127.0.0.1:{port}/"))
         started = [Variant(DIRECT, port)]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator", "AsyncPipeline"))
+        (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator"))
         wrappers = {
             PLAIN: TESTS / "harness" / "plain_wrapper.py",
             OURS: EXAMPLE / "pipeline_wrapper.py",
             ASYNC: folder / "async_way.py",
         }
         for name, wrapper in wrappers.items():
-            server = stack.enter_context(
-                hayhooks(
-                    OPENAI_API_KEY="none", OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1", HAYHOOKS_LOG_LEVEL="error"
-                )
-            )
-            server.deploy(wrapper)
+            url = f"http://127.0.0.1:{port}/v1"
+            server = stack.enter_context(deployed(wrapper=wrapper, OPENAI_BASE_URL=url, HAYHOOKS_LOG_LEVEL="error"))
             started.append(Variant(name, server.port, psutil.Process(server.process.pid)))
         yield port, started
 
@@ -91,10 +88,7 @@ async def ask(port: int, tokens: int, pace: float, leave_after: int | None = Non
     writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
     first_token, text, seen = 0.0, [], 0
     async for line in reader:
-        if not line.startswith(b"data: {"):
-            continue
-        content = json.loads(line[6:])["choices"][0]["delta"].get("content")
-        if content:
+        if line.startswith(b"data: {") and (content := content_of(json.loads(line[6:]))):
             first_token = first_token or time.perf_counter() - start
             text.append(content)
             seen += 1
@@ -149,10 +143,9 @@ def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    for row in (head, ["---", *["--:"] * (len(head) - 1)], *rows):
-        print(f"| {' | '.join(row)} |")
-    print()
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = (head, ["---", *["--:"] * (len(head) - 1)], *rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
@@ -208,40 +201,59 @@ def main() -> None:
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("hayhooks", "haystack-ai", "openai"))
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    print(f"\n{datetime.date.today()}, {versions}, {python}; answers of {TOKENS} tokens, {PACE * 1000:.0f} ms apart;")
-    print(f"medians of {rounds} round(s).\n")
     names = [variant.name for variant in started]
 
-    def per_level(cell: Callable[[str, int], str]) -> None:
-        table(["streams", *names], [[str(level), *(cell(name, level) for name in names)] for level in levels])
+    def per_level(cell: Callable[[str, int], str]) -> str:
+        return table(["streams", *names], [[str(level), *(cell(name, level) for name in names)] for level in levels])
 
-    print("Time to first token, p50 / p95:\n")
-    per_level(lambda name, level: " / ".join(f"{median(name, level, p) * 1000:,.0f}" for p in (50, 95)) + " ms")
-    print("Chunks per second:\n")
-    per_level(lambda name, level: f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}")
+    def first_tokens(name: str, level: int) -> str:
+        return " / ".join(f"{median(name, level, percent) * 1000:,.0f}" for percent in (50, 95)) + " ms"
+
+    def per_second(name: str, level: int) -> str:
+        return f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}"
+
     most = levels[-1]
+    sent = "tokens sent after the client left"
+    head = ["", f"complete at {most}", sent, "CPU per chunk", f"memory at {most}", f"threads at {most}"]
     rows = [
         [
             name,
             f"{min(one.complete for one in results[name, most])} of {most}",
             str(left[name]),
-            *(f"{statistics.median(values):.0f} µs" for values in [cpu[name]] if values),
+            f"{statistics.median(cpu[name]):.0f} µs",
             f"{max(one.memory for one in results[name, most]) / 2**20:.0f} MiB",
             str(max(one.threads for one in results[name, most])),
         ]
         for name in names[1:]
     ]
-    print("Per server:\n")
-    sent = "tokens sent after the client left"
-    head = ["", f"complete at {most}", sent, "CPU per chunk", f"memory at {most}", f"threads at {most}"]
-    table(head, rows)
 
-    level = min(100, most)
-    ours, plain, theirs = (median(name, level, 95) for name in (OURS, PLAIN, ASYNC))
-    print(f"At {level} streams, p95 to the first token is {ours / plain:.2f} of the plain example's")
-    print(f"and {ours / theirs:.2f} of the async way's; one stream alone starts")
-    print(f"{(median(OURS, 1, 50) - median(DIRECT, 1, 50)) * 1000:.0f} ms later than from the upstream directly.")
+    def ratios(level: int) -> str:
+        ours, plain, theirs = (median(name, level, 95) for name in (OURS, PLAIN, ASYNC))
+        return f"{ours / plain:.2f} times the plain example's and {ours / theirs:.2f} times the async way's"
+
+    later = (median(OURS, 1, 50) - median(DIRECT, 1, 50)) * 1000
+    report = f"""\
+# What the example costs
+
+Written by `./tests/run bench` on {datetime.date.today()}: {versions}, {python}.
+Answers of {TOKENS} tokens, {PACE * 1000:.0f} ms apart; medians of {rounds} rounds. Each variant has a process of its
+own; the client and the upstream run on the same machine.
+
+Time to first token, p50 / p95:
+
+{per_level(first_tokens)}
+At 95 % the first token of this example takes {ratios(min(100, most))} with {min(100, most)} streams, and
+{ratios(most)} with {most}. One stream alone starts {later:.0f} ms later than from the upstream directly.
+
+Chunks per second:
+
+{per_level(per_second)}
+Per server; the CPU time is that of one stream as fast as it goes:
+
+{table(head, rows)}"""
+    print(f"\n{report}")
     if not options.quick:
+        (TESTS / "benchmark.md").write_text(report)
         draw(levels, {(name, level): median(name, level, 95) for name in names for level in levels})
 
 

@@ -1,4 +1,4 @@
-"""What README.md says is what happens: its commands run, its table of variables is the code's."""
+"""What README.md says is what happens: its commands and its code run, its tables are the code's."""
 
 import contextlib
 import os
@@ -9,24 +9,23 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from harness.client import Chat
-from harness.readme import blocks
-from harness.serving import EXAMPLE, KEY, NAME, free_port, running
-from harness.upstream import Upstream
+from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.readme import block, blocks, example_with, python_block
+from harness.serving import EXAMPLE, KEY, NAME, WRAPPER, DeployError, deployed, free_port, hayhooks, running, wait_until
+from harness.upstream import Reply, Upstream
 
+import pipeline_wrapper
+
+README = (EXAMPLE / "README.md").read_text()
 SHELL = [block for block in blocks() if block.language == "bash"]
-CURL = [block.code for block in SHELL if block.code.startswith("curl")]
-[DEPLOY] = [block.code for block in SHELL if block.flags == "deploy"]
-[WORKERS] = [block.code for block in SHELL if block.flags == "workers"]
-[CLIENT] = [
-    block.code for block in blocks() if block.language == "python" and "from openai import OpenAI" in block.code
-]
+WORKERS = block("bash", name="workers")
+
+
+# The commands
 
 
 @dataclass
@@ -37,18 +36,18 @@ class Checkout:
     environment: dict[str, str]
     port: int
 
+    @property
+    def log(self) -> str:
+        return (self.folder.parent / "server.log").read_text()
+
     def here(self, code: str) -> str:
         return code.replace("localhost:1416", f"127.0.0.1:{self.port}")
 
     def run(self, code: str) -> str:
         """Run a block as it stands, but for the port."""
+        command = ["sh", "-euc", self.here(code)]
         done = subprocess.run(
-            ["sh", "-euc", self.here(code)],
-            cwd=self.folder,
-            env=self.environment,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
+            command, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
         )
         return done.stdout
 
@@ -57,10 +56,11 @@ class Checkout:
         """Run a block that ends in `hayhooks run` until this block is left."""
         command = ["sh", "-euc", code.replace("hayhooks run", "exec hayhooks run")]
         url = f"http://127.0.0.1:{self.port}/status"
-        options = {"cwd": self.folder, "env": self.environment, "stderr": subprocess.STDOUT}
         with (
             (self.folder.parent / "server.log").open("wb") as log,
-            running(command, url, stdout=log, **options) as server,
+            running(
+                command, url, cwd=self.folder, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+            ) as server,
         ):
             yield server
 
@@ -74,8 +74,8 @@ def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
     for secret in (".git/config", ".venv/lib/secret.py", "tests/secret.py"):
         (folder / secret).parent.mkdir(parents=True)
         (folder / secret).write_text("SECRET = 1")
-    filled_in = (folder / ".env.example").read_text().replace("OPENAI_API_KEY=", f"OPENAI_API_KEY={KEY}")
-    (folder / ".env").write_text(filled_in)
+    example = folder / ".env.example"
+    example.write_text(example.read_text().replace("OPENAI_API_KEY=", f"OPENAI_API_KEY={KEY}"))
     home.mkdir()
     environment = {
         "HOME": str(home),
@@ -88,68 +88,230 @@ def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
     return Checkout(folder, environment, port)
 
 
-@pytest.fixture
-def deployed(checkout: Checkout) -> Iterator[Checkout]:
+def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: Upstream) -> None:
+    install = block("bash", name="by hand").splitlines(keepends=True)
+    assert [line.split(maxsplit=2)[0] for line in install[:3]] == ["python3", ".", "pip"]
+    with checkout.serve("".join(install[3:])):
+        ask_all(checkout)
+    assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
+    assert not (checkout.folder / "pipelines").exists()
+    checkout.run(block("bash", name="remove"))
+    assert not (Path(checkout.environment["HOME"]) / ".cache" / NAME).exists()
+
+
+def ask_all(checkout: Checkout) -> None:
+    """Ask as the README does: with curl, where there is one, and with the OpenAI SDK."""
+    curl = [block.code for block in SHELL if block.code.startswith("curl")]
+    assert len(curl) == 3
+    if shutil.which("curl"):
+        stream, run, status = (checkout.run(code) for code in curl)
+        assert stream.count("data: {") == 6
+        assert run == '{"result":"Hello, world!"}'
+        assert NAME in status
+    client = checkout.here(python_block("from openai import OpenAI"))
+    answer = subprocess.run([sys.executable, "-c", client], check=True, capture_output=True, text=True).stdout
+    assert answer == "Hello, world!"
+
+
+def test_the_deploy_block_uploads_the_wrapper_alone(checkout: Checkout) -> None:
+    checkout.run("cp .env.example .env")
+    deploy = block("bash", name="deploy")
     with checkout.serve("hayhooks run"):
-        checkout.run(DEPLOY)
-        yield checkout
-
-
-def test_the_deploy_block_uploads_the_wrapper_alone(deployed: Checkout, upstream: Upstream) -> None:
-    pipelines = Path(deployed.environment["HOME"]) / ".cache" / "async_hybrid_streaming" / "pipelines"
+        checkout.run(deploy)
+        checkout.run(deploy)  # a second time, as after a change
+        ask_all(checkout)
+    pipelines = Path(checkout.environment["HOME"]) / ".cache" / NAME / "pipelines"
     arrived = [path.relative_to(pipelines) for path in pipelines.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert arrived == [Path(NAME) / "pipeline_wrapper.py"]
-    assert not (deployed.folder / "pipelines").exists()
-    if shutil.which("curl"):
-        assert len(CURL) == 2
-        stream, run = (deployed.run(code) for code in CURL)
-        assert stream.count("data: {") == 5
-        assert run == '{"result":"Hello, world!"}'
-    answer = subprocess.run(
-        [sys.executable, "-c", deployed.here(CLIENT)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    assert answer == "Hello, world!"
-    assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
-    deployed.run(DEPLOY)
 
 
-def test_the_workers_block_serves_from_every_worker(checkout: Checkout, upstream: Upstream) -> None:
-    log = checkout.folder.parent / "server.log"
-    with checkout.serve(WORKERS) as process:
-        while log.read_text().count("Application startup complete") < 2:
-            assert process.poll() is None
+def test_the_workers_block_serves_from_every_worker(checkout: Checkout) -> None:
+    checkout.run("cp .env.example .env")
+    with checkout.serve(WORKERS):
+        wait_until(lambda: checkout.log.count("Application startup complete") == 2, "two workers")
         url = f"http://127.0.0.1:{checkout.port}/v1/chat/completions"
         body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
         assert {httpx.post(url, json=body, timeout=60).status_code for _ in range(20)} == {200}
-        assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", log.read_text()))) == 2
+        assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", checkout.log))) == 2
 
 
-def test_the_commands_of_the_script_are_its_own() -> None:
-    named = {command for block in SHELL for command in re.findall(r"\./tests/run (\w+)", block.code)}
+def test_the_commands_of_the_script_are_in_the_readmes() -> None:
     usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert named == set(re.findall(r"\./tests/run (\w+)", usage))
+    named = re.findall(r"\./tests/run (\w+)", README + (EXAMPLE / "tests" / "README.md").read_text())
+    assert set(named) == set(re.findall(r"\./tests/run (\w+)", usage))
 
 
-def variables(text: str, pattern: str) -> dict[str, str]:
-    return dict(re.findall(pattern, text, re.MULTILINE))
+# The code
 
 
-def test_the_variables_are_those_of_the_code(chat: Chat) -> None:
-    spec = util.spec_from_file_location("pipeline_wrapper", EXAMPLE / "pipeline_wrapper.py")
-    assert spec
-    assert spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    fields: dict[str, Any] = module.Settings.model_fields
-    table = variables((EXAMPLE / "README.md").read_text(), r"^\| `([A-Z_]+)` \| (.+?) \|")
-    example = variables((EXAMPLE / ".env.example").read_text(), r"^(\w+)=(.*)$")
+def test_the_core_of_the_class_is_the_files() -> None:
+    wanted = [line.strip() for line in python_block("...", "setup").splitlines() if line.strip() not in ("", "...")]
+    lines = (line.strip() for line in WRAPPER.read_text().splitlines())
+    assert all(line in lines for line in wanted)  # `in` moves the iterator on, so the order counts
+
+
+def test_without_the_argument_hayhooks_raises(upstream: Upstream, tmp_path: Path) -> None:
+    code = python_block("def run_chat_completion_async", "Speaker")
+    strict = tmp_path / "strict.py"
+    strict.write_text(example_with(code.replace("            allow_sync_streaming_callbacks=True,\n", "")))
+    [error] = [block.code for block in blocks() if block.code.startswith("ValueError: ")]
+    sentence = error.removeprefix("ValueError: ").split(" …")[0].replace("OpenAIGenerator", "Speaker")
+    with deployed(wrapper=strict) as server:
+        assert sentence in Chat(server).post().text
+
+
+def test_azure_openai_generator_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
+    azure = tmp_path / "azure.py"
+    azure.write_text(example_with(python_block("AzureOpenAIGenerator")))
+    endpoint = upstream.url.removesuffix("/v1")
+    with deployed(wrapper=azure, OPENAI_BASE_URL=endpoint, OPENAI_MODEL="my-deployment") as server:
+        chat = Chat(server)
+        assert text_of(chat.events()) == "Hello, world!"
+        assert upstream.received[0].path == "/openai/deployments/my-deployment/chat/completions"
+        assert upstream.received[0].headers["api-key"] == KEY
+        upstream.reply = Reply(["token "] * 1000, pace=0.02)
+        with chat.open() as events:
+            next(texts_of(events))
+        upstream.wait_until(lambda: upstream.received[1].over)
+        assert upstream.received[1].left
+        upstream.reply = Reply(status=401, error={"error": {"message": "No."}})
+        assert chat.post(stream=True).json() == {"detail": "The upstream refused the server's credentials."}
+
+
+def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
+    own, left = tmp_path / "own.py", tmp_path / "left"
+    code = python_block("class Speaker")
+    own.write_text(example_with(code))
+    with deployed(wrapper=own) as server:
+        spoken = Chat(server).events("one two three")
+        assert list(texts_of(spoken)) == ["one ", "two ", "three "]
+        assert finish_reasons(spoken) == ["stop"]
+        assert Chat(server).post("one two").json()["choices"][0]["message"]["content"] == "one two "
+
+    # The same with a loop that has no end, and leaves a file behind when it ends all the same.
+    loop, call = "for word in words:", "streaming_callback(StreamingChunk(f"
+    assert loop in code
+    assert call in code
+    endless = code.replace(loop, "for word in iter(lambda: words[0], None):")
+    endless = endless.replace(call, f"with contextlib.ExitStack() as stack: stack.push(note); {call}")
+    note = f"""
+import contextlib
+
+
+def note(error, *_):
+    error and open({str(left)!r}, "w").close()
+
+
+"""
+    own.write_text(example_with(note + endless))
+    with deployed(wrapper=own) as server:
+        with Chat(server).open("word") as events:
+            next(texts_of(events))
+        wait_until(left.exists, "the component to stop")
+
+
+def test_a_pipeline_from_yaml_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
+    (tmp_path / "pipeline_wrapper.py").write_text(example_with(python_block("AsyncPipeline.loads")))
+    yaml = block("yaml").replace("model: gpt-5-mini", f"model: gpt-5-mini\n      api_base_url: {upstream.url}")
+    (tmp_path / "pipeline.yml").write_text(yaml)
+    with deployed(wrapper=tmp_path) as server:
+        chat = Chat(server)
+        assert text_of(chat.events([{"role": "system", "content": "Be brief."}, *HI])) == "Hello, world!"
+        assert upstream.received[0].body["messages"] == [{"role": "system", "content": "Be brief."}, *HI]
+        upstream.reply = Reply(then="break")
+        assert "error" in chat.events()[-1]
+
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+# The move to Haystack 3
+
+HAYSTACK_3 = Path(sys.prefix) / "haystack3"
+needs_haystack_3 = pytest.mark.skipif(
+    not HAYSTACK_3.exists(), reason="Haystack 3 is missing: ./tests/run test brings it"
+)
+
+
+def listing(haystack: int) -> str:
+    """Return the listing for a release of Haystack; the second step is the comment of one line."""
+    code = python_block("OpenAIChatGenerator")
+    [(line, second)] = re.findall(r"^(.*  # step 2: (.*))$", code, re.MULTILINE)
+    return code.replace(line, second) if haystack == 3 else code
+
+
+def on(haystack: int) -> str:
+    """Return a path that has this release before the installed one."""
+    return str(HAYSTACK_3) if haystack == 3 else ""
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=needs_haystack_3)])
+def step(
+    request: pytest.FixtureRequest, shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Chat]]:
+    """A client of the listing, and the release of Haystack that it runs on."""
+    file = tmp_path_factory.mktemp("step") / "step.py"
+    file.write_text(listing(request.param))
+    with deployed(wrapper=file, OPENAI_BASE_URL=shared_upstream.url, PYTHONPATH=on(request.param)) as server:
+        yield request.param, Chat(server)
+
+
+def test_a_step_streams_a_conversation(step: tuple[int, Chat], upstream: Upstream) -> None:
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "{{ 7*7 }}"},
+        {"role": "assistant", "content": "49"},
+        {"role": "user", "content": "And 8*8?"},
+    ]
+    upstream.reply = Reply(tokens=["one", "two"], gated=True)
+    upstream.release()
+    with step[1].open(conversation) as events:
+        tokens = texts_of(events)
+        for token in ("one", "two"):
+            assert next(tokens) == token
+            upstream.release()
+    assert upstream.received[0].body["messages"] == conversation
+
+
+def test_a_client_that_leaves_stops_the_upstream_from_step_2_on(step: tuple[int, Chat], upstream: Upstream) -> None:
+    haystack, chat = step
+    upstream.reply = Reply(tokens=["token "] * 50, pace=0.05)
+    with chat.open() as events:
+        next(texts_of(events))
+    upstream.wait_until(lambda: upstream.received[0].over)
+    assert upstream.received[0].left == (haystack == 3)
+
+
+@needs_haystack_3
+def test_this_example_refuses_haystack_3() -> None:
+    with hayhooks(OPENAI_API_KEY=KEY, PYTHONPATH=on(3)) as server, pytest.raises(DeployError) as refused:
+        server.deploy()
+    message = " ".join(str(refused.value).split())
+    assert "This example needs haystack-ai 2.x" in message
+    assert "pip install -r requirements.txt" in message
+
+
+# The tables
+
+
+def test_the_pieces_in_the_table_are_the_files() -> None:
+    [table] = re.findall(r"what stands against it \|\n((?:\|.*\n)*)", README)
+    named = {name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    missing = {name for name in named if not hasattr(pipeline_wrapper, name)} - {"try"}
+    assert named
+    assert not missing
+
+
+def test_the_variables_are_those_of_the_code() -> None:
+    fields = pipeline_wrapper.Settings.model_fields
+    table = dict(re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", README, re.MULTILINE))
+    example = dict(re.findall(r"^(\w+)=(.*)$", (EXAMPLE / ".env.example").read_text(), re.MULTILINE))
     assert set(table) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
     assert table.pop("OPENAI_API_KEY") == "none, required"
     assert example["OPENAI_API_KEY"] == ""
     for name, default in table.items():
-        assert type(fields[name].default)(default.strip("`")) == fields[name].default
-        assert default.strip("`") == example[name]
+        assert default.strip("`") == example[name] == str(fields[name].default)
 
 
 def test_the_last_line_is_the_licence() -> None:
-    assert (EXAMPLE / "README.md").read_text().endswith("\nApache-2.0, as Hayhooks.\n")
+    assert README.endswith("\nApache-2.0, as Hayhooks.\n")

@@ -73,9 +73,14 @@ def events_of(content: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     assert rest == b"", f"the stream broke off within an event: {rest!r}"
 
 
+def content_of(event: dict[str, Any]) -> str:
+    """Return the text of an event, of which one that names a role, a finish_reason, usage or an error has none."""
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+
 def texts_of(events: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the texts of a stream, without the empty ones that name a role or a finish_reason."""
-    return (choice["delta"]["content"] for event in events for choice in event["choices"] if choice["delta"]["content"])
+    """Yield the texts of a stream, without the empty ones."""
+    return filter(None, map(content_of, events))
 
 
 def text_of(events: Iterable[dict[str, Any]]) -> str:

@@ -1,17 +1,18 @@
 """The blocks of code in README.md, so that what is printed there is what runs."""
 
+import ast
 import re
 from dataclasses import dataclass
 
-from harness.serving import EXAMPLE
+from harness.serving import EXAMPLE, WRAPPER
 
 
 @dataclass
 class Block:
-    """One fenced block; `flags` is what stands behind its language."""
+    """One fenced block; `name` is what stands behind its language."""
 
     language: str
-    flags: str
+    name: str
     code: str
 
 
@@ -20,9 +21,29 @@ def blocks() -> list[Block]:
     return [Block(*match) for match in re.findall(r"^```(\w+) *(.*)\n((?:.*\n)*?)^```$", text, re.MULTILINE)]
 
 
-def python_block(*words: str) -> str:
-    """Return the one Python block that holds all these words."""
+def block(language: str, *words: str, name: str = "") -> str:
+    """Return the one block in a language that holds all these words and, if it is given, has this name."""
     [code] = [
-        block.code for block in blocks() if block.language == "python" and all(word in block.code for word in words)
+        block.code
+        for block in blocks()
+        if block.language == language and all(word in block.code for word in words) and name in (block.name, "")
     ]
     return code
+
+
+def python_block(*words: str) -> str:
+    return block("python", *words)
+
+
+def example_with(code: str) -> str:
+    """Return the example with a block's methods in place of its own, and what else the block has before the class."""
+    tree, new = ast.parse(WRAPPER.read_text()), ast.parse(code)
+    [wrapper], [changed] = (
+        [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "PipelineWrapper"]
+        for module in (tree, new)
+    )
+    methods = {node.name: node for node in changed.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    wrapper.body = [methods.get(getattr(node, "name", ""), node) for node in wrapper.body]
+    place = tree.body.index(wrapper)
+    tree.body[place:place] = [node for node in new.body if node is not changed]
+    return ast.unparse(tree)

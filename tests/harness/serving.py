@@ -102,13 +102,17 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **variables: str) -> Iterator[Server]:
     """Run `hayhooks run`, or another command that serves, with these variables and none of the caller's own.
 
-    A wrapper lies in the pipelines directory at the start, under the example's name.
+    A wrapper, a file or a folder, lies in the pipelines directory at the start, under the example's name.
     """
     port = int(variables.get("HAYHOOKS_PORT") or free_port())
     with tempfile.TemporaryDirectory() as folder:
         if wrapper:
-            (Path(folder) / "pipelines" / NAME).mkdir(parents=True)
-            shutil.copy(wrapper, Path(folder) / "pipelines" / NAME / "pipeline_wrapper.py")
+            place = Path(folder) / "pipelines" / NAME
+            if Path(wrapper).is_dir():
+                shutil.copytree(wrapper, place)
+            else:
+                place.mkdir(parents=True)
+                shutil.copy(wrapper, place / "pipeline_wrapper.py")
         ours = ("OPENAI_", "HAYHOOKS_", "MAX_CONCURRENT_STREAMS")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment = {
