@@ -1,6 +1,8 @@
 """Each open stream holds a thread and one of `MAX_CONCURRENT_STREAMS` places; what exceeds them is refused at once."""
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from harness.client import Chat, text_of, texts_of
 from harness.serving import NAME, deployed, wait_until
 from harness.upstream import Reply, Upstream
+
+from pipeline_wrapper import PipelineWrapper
 
 
 @contextlib.contextmanager
@@ -89,6 +93,21 @@ def test_a_place_always_returns(small: Chat, upstream: Upstream, reply: Reply, a
     upstream.release()
     upstream.release()
     upstream.wait_until(lambda: all(one.over for one in upstream.received))
+
+
+def test_a_thread_is_used_again(wrapper: PipelineWrapper) -> None:
+    def threads() -> set[int | None]:
+        return {thread.ident for thread in threading.enumerate() if thread.name.startswith("stream")}
+
+    async def chat_twice() -> tuple[set[int | None], set[int | None]]:
+        await wrapper.run_api_async("Hi")
+        first = threads()
+        await wrapper.run_api_async("Hi")
+        return first, threads()
+
+    first, second = asyncio.run(chat_twice())
+    assert first
+    assert first == second
 
 
 # A good neighbour
