@@ -214,7 +214,8 @@ def test_a_failure_is_one_short_line_of_the_log(chat: Chat, upstream: Upstream) 
     upstream.reply = Reply(status=500, error={"error": {"message": message}}, headers={"x-request-id": "\x85é" * 3000})
     assert chat.post().status_code == 502
     logged = chat.server.log[before:]
-    [line] = [line for line in logged.split("\n") if "The upstream failed: " in line]
+    [line] = [line for line in logged.split("\n") if line and " | INFO " not in line]
+    assert "The upstream failed: status 500, " in line
     assert "first\\nsecond\\r\\x1b[31m\\u2028x" in line
     assert len(logged) < 20_000
 
