@@ -104,7 +104,7 @@ def reason(server: Server, answer: str) -> str:
     with contextlib.suppress(ValueError, KeyError):
         answer = json.loads(answer)["detail"]
     logged = re.findall("The upstream failed: .*", server.log)
-    return "\n".join([answer, *logged[-1:]])
+    return "\n".join([answer, *(f"The server's log says: {line}" for line in logged[-1:])])
 
 
 def url_of(server: Server) -> str:
@@ -172,7 +172,7 @@ def serve(options: argparse.Namespace, running: contextlib.ExitStack) -> None:
 
 def ignore_signals() -> None:
     for number in STOPPED_BY:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, frame: None)  # for SIG_IGN, Python complains about one under way
 
 
 def stop(number: int, frame: FrameType | None) -> None:
