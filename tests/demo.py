@@ -1,48 +1,183 @@
 """Serve the example and stream a first answer, with the model OPENAI_API_KEY names or else with a local one."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
+import fcntl
+import http.client
 import json
 import os
+import re
 import shlex
-import signal
 import socket
+import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Iterator
+from types import FrameType
 
 from dotenv import dotenv_values
 from harness.local_model import MODEL, local_model
 from harness.serving import EXAMPLE, NAME, DeployError, Server, free_port, hayhooks
 
-QUESTION = "What is the sun? Answer in one sentence."
+# What a model of this size answers well; bare arithmetic, for one, is beyond it.
+QUESTIONS = [
+    "What is the sun? Answer in one sentence.",
+    "What is photosynthesis? Answer in one sentence.",
+    "What is water made of? Answer in one sentence.",
+    "What is the capital of Italy? Answer in one sentence.",
+]
+HEADER = "Content-Type: application/json"
+# Anybody's python3 will do: it reads a line as soon as it comes.
+AS_TEXT = (
+    'import json, sys; [print(choice["delta"]["content"], end="") for line in sys.stdin if line.startswith("data: {") '
+    'for choice in json.loads(line[6:])["choices"]]; print()'
+)
+STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def port_to_use() -> str:
-    """Return 1416, Hayhooks' own port, unless something listens there."""
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", 1416)):
-            return "1416"
-    port = free_port()
-    print(f"Port 1416 is taken, so this demo uses {port}.")
-    return str(port)
+@contextlib.contextmanager
+def port_to_use() -> Iterator[str]:
+    """Yield 1416, Hayhooks' own port, unless something listens there or another demo is about to."""
+    with open(sys.executable, "rb") as interpreter, socket.socket() as probe:
+        free = bool(probe.connect_ex(("127.0.0.1", 1416)))
+        try:
+            fcntl.flock(interpreter, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the demo ends
+        except BlockingIOError:
+            free = False
+        except OSError:  # a network drive without locks
+            pass
+        port = 1416 if free else free_port()
+        if not free:
+            print(f"Port 1416 is taken, so this demo uses {port}.", flush=True)
+        yield str(port)
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[threading.Event]:
+    """Say every five seconds that there is no answer yet, until the event is set or the block is left."""
+    over = threading.Event()
+
+    def tell() -> None:
+        seconds = 5
+        while not over.wait(5):
+            print(f"No answer from the upstream yet, after {seconds} seconds ...", flush=True)
+            seconds += 5
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield over
+    finally:
+        over.set()
 
 
 def ask(server: Server, question: str) -> None:
-    """Print the curl command for a question, then its answer token by token."""
-    body = json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": question}]})
-    url = f"{server.url}/v1/chat/completions"
-    header = "Content-Type: application/json"
-    request = urllib.request.Request(url, body.encode(), dict([header.split(": ")]))
-    print(f"\n> {question}\n")
-    with urllib.request.urlopen(request) as response:
-        for line in response:
-            if line.startswith(b"data: "):
+    """Print a question, then its answer token by token; exit with the reason when there is none."""
+    request = urllib.request.Request(url_of(server), body_of(question).encode(), dict([HEADER.split(": ")]))
+    print(f"\n> {question}\n", flush=True)
+    try:
+        with waiting() as answered, urllib.request.urlopen(request) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
-                    sys.exit(f"\n{chunk['error']['message']}")
-                for choice in chunk["choices"]:
-                    print(choice["delta"]["content"], end="", flush=True)
-    print(f"\n\nAsk it yourself:\n\ncurl -N {url} -H {shlex.quote(header)} -d {shlex.quote(body)}\n")
+                    sys.exit(reason(server, chunk["error"]["message"]))
+                text = "".join(choice["delta"]["content"] for choice in chunk["choices"])
+                if text:
+                    answered.set()
+                print(text, end="", flush=True)
+    except urllib.request.HTTPError as error:
+        sys.exit(reason(server, error.read().decode()))
+    except (OSError, http.client.HTTPException) as error:
+        sys.exit(reason(server, f"The server broke off: {error}"))
+    print()
+
+
+def reason(server: Server, answer: str) -> str:
+    """Return what the client got, which says little on purpose, and the server log's own words."""
+    with contextlib.suppress(ValueError, KeyError):
+        answer = json.loads(answer)["detail"]
+    logged = re.findall("The upstream failed: .*", server.log)
+    return "\n".join([answer, *(f"The server's log says: {line}" for line in logged[-1:])])
+
+
+def url_of(server: Server) -> str:
+    return f"{server.url}/v1/chat/completions"
+
+
+def body_of(question: str) -> str:
+    return json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": question}]})
+
+
+def print_commands(server: Server, chat: bool, local: bool) -> None:
+    """Print what to do with the running server."""
+
+    def arguments(question: str) -> str:
+        return f"{url_of(server)} -H {shlex.quote(HEADER)} -d {shlex.quote(body_of(question))}"
+
+    print(f"\nAsk it yourself:\n\ncurl -N {arguments(QUESTIONS[0])}\n")
+    print(f"Or read the answer as text:\n\ncurl -sSfN {arguments(QUESTIONS[1])} | python3 -uc {shlex.quote(AS_TEXT)}\n")
+    if local:
+        print("\n".join(["Questions that this small model answers well:", *QUESTIONS]), end="\n\n")
+    if chat:
+        print(f"Or chat in a browser: {server.url}/chat\n")
+    print("Ctrl-C stops it.", flush=True)
+
+
+def refusal(output: str) -> str:
+    """Return why the CLI did not deploy, without its decoration."""
+    found = re.search(r"Error: (.*?)(?=\n[^\n]*Deploying pipeline|\n\n|\Z)", output, re.DOTALL)
+    return "The deploy was refused: " + " ".join((found[1] if found else output).split())
+
+
+def end_soon(server: subprocess.Popen[bytes]) -> None:
+    """End a server, also one whose threads still wait for an upstream."""
+    server.terminate()
+    try:
+        server.wait(3)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
+def serve(options: argparse.Namespace, running: contextlib.ExitStack) -> None:
+    """Start everything, and stay until the server ends; what was started ends with the stack."""
+    known = {**dotenv_values(EXAMPLE / ".env"), **os.environ}
+    names = ("OPENAI_", "MAX_CONCURRENT_STREAMS")
+    settings = {name: value for name, value in known.items() if value and name.startswith(names)}
+    local = "OPENAI_API_KEY" not in settings
+    if local:
+        print(f"No OPENAI_API_KEY, so {MODEL} answers, on this machine.", flush=True)
+        url = running.enter_context(local_model())
+        settings.update(OPENAI_API_KEY="local", OPENAI_BASE_URL=url, OPENAI_MODEL=MODEL)
+    else:
+        print("Using the upstream that OPENAI_API_KEY belongs to.", flush=True)
+    settings["HAYHOOKS_PORT"] = running.enter_context(port_to_use())
+    print("Starting Hayhooks, and deploying the example to it ...", flush=True)
+    flags = ["--with-chainlit"] if options.chat else []
+    # Streams that are open when it stops would hold it for five seconds.
+    server = running.enter_context(hayhooks(*flags, HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT="1", **settings))
+    running.callback(end_soon, server.process)
+    server.deploy(EXAMPLE / "pipeline_wrapper.py")
+    ask(server, QUESTIONS[0])
+    if not options.once:
+        print_commands(server, options.chat, local)
+        server.process.wait()
+
+
+def ignore_signals() -> None:
+    for number in STOPPED_BY:
+        signal.signal(number, lambda number, frame: None)  # for SIG_IGN, Python complains about one under way
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    ignore_signals()  # a second one would leave behind what the first one ends
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -50,33 +185,21 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="stop after the first answer")
     parser.add_argument("--chat", action="store_true", help="serve Hayhooks' own chat page too")
     options = parser.parse_args()
-
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
-    known = {**dotenv_values(EXAMPLE / ".env"), **os.environ}
-    names = ("OPENAI_", "MAX_CONCURRENT_STREAMS")
-    settings = {name: value for name, value in known.items() if value and name.startswith(names)}
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as running:
-        if "OPENAI_API_KEY" in settings:
-            print("Using the upstream that OPENAI_API_KEY belongs to.")
-        else:
-            print(f"No OPENAI_API_KEY, so {MODEL} answers, on this machine.")
-            url = running.enter_context(local_model())
-            settings.update(OPENAI_API_KEY="local", OPENAI_BASE_URL=url, OPENAI_MODEL=MODEL)
-        chat = ["--with-chainlit"] if options.chat else []
-        server = running.enter_context(hayhooks(*chat, HAYHOOKS_PORT=port_to_use(), **settings))
+    for number in STOPPED_BY:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    with contextlib.ExitStack() as running:
         try:
-            server.deploy(EXAMPLE / "pipeline_wrapper.py")
-            ask(server, QUESTION)
+            serve(options, running)
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\nStopping ...", flush=True)
         except DeployError as error:
+            sys.exit(refusal(str(error)))
+        except RuntimeError as error:
             sys.exit(str(error))
-        except urllib.request.HTTPError as error:
-            sys.exit(f"{error.code}: {error.read().decode()}")
-        if options.chat:
-            print(f"Or chat in a browser: {server.url}/chat\n")
-        if not options.once:
-            print("Ctrl-C stops it.")
-            server.process.wait()
+        finally:
+            ignore_signals()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from harness.serving import free_port, running
 
 MODEL = "SmolLM2-135M-Instruct"
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def weights() -> Path | None:
@@ -26,11 +28,22 @@ def weights() -> Path | None:
 
 @contextlib.contextmanager
 def local_model() -> Iterator[str]:
-    """Serve the model in a process of its own; yields its base URL."""
+    """Serve the model in a process of its own; yields its base URL, or raises RuntimeError with the log's end."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with running([sys.executable, "-m", __name__, str(port)], f"{url}/health", stderr=subprocess.DEVNULL):
+    command = [sys.executable, "-B", "-m", "harness.local_model", str(port)]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        try:
+            stack.enter_context(running(command, f"{url}/health", cwd=TESTS, stdout=subprocess.DEVNULL, stderr=log))
+        except RuntimeError as error:
+            log.seek(0)
+            raise RuntimeError(f"The local model did not start.\n{end_of(log.read())}") from error
         yield f"{url}/v1"
+
+
+def end_of(log: bytes, lines: int = 10) -> str:
+    return "\n".join(log.decode(errors="replace").splitlines()[-lines:])
 
 
 def serve(port: int) -> None:
@@ -40,6 +53,8 @@ def serve(port: int) -> None:
     parameters.model.path = str(weights())
     parameters.model_alias = {MODEL}
     parameters.sampling.temp = 0  # the same answer each time
+    parameters.sampling.penalty_repeat = 1.1  # a model this small repeats itself without end
+    parameters.n_predict = 400
     parameters.n_ctx = 8192
     parameters.n_parallel = 2
     parameters.hostnames = ["127.0.0.1"]

@@ -125,10 +125,13 @@ def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **va
         }
         started = [HAYHOOKS, *command.split(), "--host", "127.0.0.1", "--port", str(port), *options]
         url = f"http://127.0.0.1:{port}/status"
-        with (
-            open(f"{folder}/server.log", "wb") as log,
-            running(started, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
-        ):
+        with open(f"{folder}/server.log", "wb") as log, contextlib.ExitStack() as stack:
+            start = running(started, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                process = stack.enter_context(start)
+            except (RuntimeError, TimeoutError) as error:
+                end = (Path(folder) / "server.log").read_text().splitlines()[-10:]
+                raise RuntimeError("\n".join(["The server did not start.", *end])) from error
             yield Server(process, port, environment, Path(folder))
 
 
