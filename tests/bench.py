@@ -175,7 +175,7 @@ def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./tests/run bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round and fewer streams: a minute instead of seven")
+    parser.add_argument("--quick", action="store_true", help="one round and fewer streams, and nothing is written")
     options = parser.parse_args()
     levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 3)
 
