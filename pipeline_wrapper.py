@@ -91,7 +91,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, this line, `protect_run` and `watch_upstream` do nothing, and can go.
+            # component that has one, this line, `protect_run` and `watch_upstream` do nothing, and can go; failures
+            # then have no status of their own.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -190,7 +191,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. All other fields are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. Fields that are not named here are dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -225,7 +226,7 @@ def bad_request(sentence: str) -> NoReturn:
 # 1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
 # 2. For each chunk the component calls its `streaming_callback`, in that thread: this is `Relay.put`.
 # 3. `put` calls Hayhooks' own callback, which carries the chunk over to the event loop. Then `put` waits.
-# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to `answer`.
+# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to the last part.
 # 5. When `take` is asked for the next chunk, it lets `put` return, and the component reads on.
 
 
@@ -241,7 +242,7 @@ class Relay:
     """
 
     def __init__(self) -> None:
-        self.taken: SimpleQueue[bool] = SimpleQueue()  # True for each chunk that the client took, False when it left
+        self.taken: SimpleQueue[bool] = SimpleQueue()  # True for each chunk that was taken, False when no more will be
         self.to_close = ExitStack()  # what closes with the run: `watch_upstream` adds the connection
         self.request_id: str | None = None  # the upstream's, for the log
         self.failure: HTTPException | None = None  # why the run failed
@@ -276,11 +277,11 @@ RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
 def protect_run(component: Component, max_streams: int, key: str | None = None) -> None:
-    """Replace the component's `run` by one that takes one of so many places, ends with its client, closes its
-    `to_close`, and keeps its failure for the caller.
+    """Replace the component's `run` by one that takes one of `max_streams` places, ends with its client, closes the
+    connection, and keeps its failure for the caller.
 
-    It raises nothing, as Hayhooks would log the exception with a traceback and all that the upstream said. The log
-    line and the failure that take its place do not show the `key`.
+    Hayhooks would log an exception of `run` with a traceback and all that the upstream said. The line in its place,
+    and the failure, do not show the `key`.
     """
     run, places = component.run, Semaphore(max_streams)
 
@@ -295,7 +296,7 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
             with relay.to_close:
                 outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
-            relay.failure = HTTPException(408, "The client took nothing of the answer for 60 seconds.")
+            relay.failure = HTTPException(408, "The client left, or took nothing for 60 seconds.")
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, key)
         finally:
@@ -369,7 +370,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str | None)
 
 
 def encodable(text: str) -> str:
-    """Put U+FFFD in the place of half a surrogate pair. Without it one cuts the stream, as UTF-8 cannot carry it."""
+    """Put U+FFFD in the place of half a surrogate pair, which would cut the stream, as UTF-8 cannot carry it."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -381,7 +382,7 @@ async def answer(
 ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
     """Return the chunks in the form that the caller expects; raises HTTPException when the upstream fails.
 
-    A stream begins with its first chunk: begun before, the response to a wrong key would be a 200, too.
+    A stream begins when its first chunk is there, so that the answer to a wrong key is a status, and not a 200.
     """
     provide_threads(asyncio.get_running_loop())
     chunks = Relay().take(chunks)

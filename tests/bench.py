@@ -1,4 +1,4 @@
-"""Measure this example against its upstream, the plain example and the async way, all in one run.
+"""Measure this example against its upstream, the plain version and the async way, all in one run.
 
 Prints Markdown tables. A full run also writes them to `benchmark.md` beside this file, and draws `benchmark.svg`.
 """
@@ -29,7 +29,7 @@ from harness.serving import EXAMPLE, NAME, deployed, free_port, running
 from rich.progress import track
 
 TESTS = Path(__file__).parent
-DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain example", "this example", "the async way"
+DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain version", "this example", "the async way"
 TOKENS, PACE = 50, 0.02
 
 
@@ -229,7 +229,7 @@ def main() -> None:
 
     def ratios(level: int) -> str:
         ours, plain, theirs = (median(name, level, 95) for name in (OURS, PLAIN, ASYNC))
-        return f"{ours / plain:.2f} times the plain example's and {ours / theirs:.2f} times the async way's"
+        return f"{ours / plain:.2f} times the plain version's and {ours / theirs:.2f} times the async way's"
 
     later = (median(OURS, 1, 50) - median(DIRECT, 1, 50)) * 1000
     report = f"""\

@@ -95,8 +95,13 @@ def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: U
         ask_all(checkout)
     assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
     assert not (checkout.folder / "pipelines").exists()
+
+
+def test_the_remove_block_removes_what_the_demo_installed(checkout: Checkout) -> None:
+    cache = Path(checkout.environment["HOME"]) / ".cache"
+    (cache / NAME / "demo-1").mkdir(parents=True)
     checkout.run(block("bash", name="remove"))
-    assert not (Path(checkout.environment["HOME"]) / ".cache" / NAME).exists()
+    assert list(cache.iterdir()) == []
 
 
 def ask_all(checkout: Checkout) -> None:
@@ -120,7 +125,7 @@ def test_the_deploy_block_uploads_the_wrapper_alone(checkout: Checkout) -> None:
         checkout.run(deploy)
         checkout.run(deploy)  # a second time, as after a change
         ask_all(checkout)
-    pipelines = Path(checkout.environment["HOME"]) / ".cache" / NAME / "pipelines"
+    pipelines = Path(checkout.environment["HOME"]) / "pipelines"
     arrived = [path.relative_to(pipelines) for path in pipelines.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert arrived == [Path(NAME) / "pipeline_wrapper.py"]
 
