@@ -191,7 +191,8 @@ def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
         spoken = Chat(server).events("one two three")
         assert list(texts_of(spoken)) == ["one ", "two ", "three "]
         assert finish_reasons(spoken) == ["stop"]
-        assert Chat(server).post("one two").json()["choices"][0]["message"]["content"] == "one two "
+        [whole] = Chat(server).post("one two").json()["choices"]
+        assert (whole["message"]["content"], whole["finish_reason"]) == ("one two ", "stop")
 
     # The same with a loop that has no end, and leaves a file behind when it ends all the same.
     loop, call = "for word in words:", "streaming_callback(StreamingChunk(f"

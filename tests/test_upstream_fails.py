@@ -1,12 +1,13 @@
 """What a client gets when the upstream fails, and what the operator finds in the log."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.serving import KEY, NAME, Server, deployed
+from harness.serving import KEY, NAME, WRAPPER, Server, deployed
 from harness.upstream import Reply, Upstream
 
 from pipeline_wrapper import encodable
@@ -183,6 +184,17 @@ def test_the_server_goes_on_after_every_failure(chat: Chat, upstream: Upstream) 
         assert "error" in chat.events()[-1]
         upstream.reply = Reply()
         assert text_of(chat.events()) == "Hello, world!"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_failure_of_another_component_stays_with_the_operator(tmp_path: Path, stream: bool) -> None:
+    file = tmp_path / "failing_prompt.py"
+    file.write_text(f"{WRAPPER.read_text()}\nPROMPT = '{{{{ history }}}}{{{{ question.missing() }}}}'\n")
+    with deployed(wrapper=file) as server:
+        response = Chat(server).post(stream=stream)
+        assert response.status_code == 500
+        assert response.json() == {"detail": "The pipeline failed."}
+        assert "has no attribute 'missing'" in server.log
 
 
 # What nobody must see, and what cannot be sent
