@@ -230,8 +230,11 @@ def bad_request(sentence: str) -> NoReturn:
 # 5. When `take` is asked for the next chunk, it lets `put` return, and the component reads on.
 
 
+PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
+
+
 class ClientLeftError(Exception):
-    """The client left, or took nothing of the answer for 60 seconds."""
+    """The client left, or took nothing of the answer for so long."""
 
 
 class Relay:
@@ -251,8 +254,8 @@ class Relay:
         """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
         hand_over(replace(chunk, content=encodable(chunk.content)))
         try:
-            taken = self.taken.get(timeout=60)
-        except Empty:  # a client that stays, but reads no more, would hold the thread for good
+            taken = self.taken.get(timeout=PATIENCE)
+        except Empty:
             taken = False
         if not taken:
             raise ClientLeftError
@@ -296,7 +299,7 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
             with relay.to_close:
                 outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
-            relay.failure = HTTPException(408, "The client left, or took nothing for 60 seconds.")
+            relay.failure = HTTPException(408, f"The client left, or took nothing for {PATIENCE} seconds.")
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, key)
         finally:
@@ -411,10 +414,9 @@ async def stream_completion(
     try:
         async with aclosing(others):
             while chunk is not None:
-                reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage") or usage
-                finished = finished or bool(reason)
-                only_usage = chunk.meta.get("usage") and not chunk.content and not reason
-                if not only_usage:
+                reason, its_usage = read_meta(chunk)
+                finished, usage = finished or bool(reason), its_usage or usage
+                if chunk.content or reason or not its_usage:
                     yield ChatCompletion(**head, choices=[delta(chunk.content, reason)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
@@ -426,6 +428,14 @@ async def stream_completion(
         yield ChatCompletion(**head, choices=[], usage=usage)
 
 
+def read_meta(chunk: StreamingChunk) -> tuple[str | None, dict[str, Any] | None]:
+    """Return finish_reason and usage, in a form that can be written: an upstream's odd one would cut the stream."""
+    reason, usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage")
+    if isinstance(usage, dict):
+        usage = json.loads(encodable(json.dumps(usage, ensure_ascii=False, default=str)))
+    return encodable(str(reason)) if reason else None, usage if isinstance(usage, dict) else None
+
+
 def delta(text: str, finish_reason: str | None) -> Choice:
     return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=finish_reason)
 
@@ -434,9 +444,9 @@ async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str)
     """Return one whole chat completion. Left to Hayhooks, every answer is a stream."""
     text, finish_reason, usage = "", None, None
     async for chunk in chunks:
+        reason, its_usage = read_meta(chunk)
         text += chunk.content
-        finish_reason = chunk.meta.get("finish_reason") or finish_reason
-        usage = chunk.meta.get("usage") or usage
+        finish_reason, usage = reason or finish_reason, its_usage or usage
     message = Message(role="assistant", content=text)
     choice = Choice(index=0, message=message, finish_reason=finish_reason or "stop")
     return ChatCompletion(**new_head("chat.completion", model), choices=[choice], usage=usage)

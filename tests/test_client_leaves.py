@@ -1,13 +1,20 @@
 """A client that leaves stops the upstream, and gives its thread and its place back."""
 
+import asyncio
 import contextlib
 import socket
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from harness.client import Chat, text_of, texts_of
-from harness.serving import KEY, Server, deployed
+from harness.serving import KEY, WRAPPER, Server, deployed
 from harness.upstream import Reply, Upstream
+from hayhooks import async_streaming_generator
+
+import pipeline_wrapper
+from pipeline_wrapper import PipelineWrapper
 
 LONG = [f"{number} " for number in range(10_000)]
 
@@ -79,6 +86,38 @@ def test_leaving_before_the_first_chunk_gives_the_place_back(small: Chat, upstre
     upstream.reply = Reply()
     with small.open_patiently() as events:
         assert text_of(events) == "Hello, world!"
+
+
+def test_a_client_that_reads_no_more_loses_its_stream(upstream: Upstream, tmp_path: Path) -> None:
+    upstream.reply = Reply(["x" * 64 * 1024] * 10_000, pace=0.001)
+    impatient = tmp_path / "impatient.py"
+    impatient.write_text(f"{WRAPPER.read_text()}\nPATIENCE = 1\n")
+    with deployed(wrapper=impatient, OPENAI_BASE_URL=upstream.url) as server, Chat(server).open() as events:
+        next(texts_of(events))
+        wait_until_over(upstream)
+
+
+def test_a_stream_that_is_closed_closes_all_below_it(
+    wrapper: PipelineWrapper, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.reply = Reply(LONG, pace=0.01)
+    opened = []
+
+    def note(**arguments: Any) -> Any:
+        opened.append(async_streaming_generator(**arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(pipeline_wrapper, "async_streaming_generator", note)
+
+    async def open_and_close() -> None:
+        messages = [{"role": "user", "content": "Hi"}]
+        stream = await wrapper.run_chat_completion_async("", messages, {"stream": True})
+        await anext(stream)
+        await stream.aclose()
+        assert opened[0].ag_frame is None
+
+    asyncio.run(open_and_close())
+    wait_until_over(upstream)
 
 
 def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:

@@ -260,6 +260,32 @@ def test_half_a_surrogate_pair_arrives_as_a_replacement_character(chat: Chat, up
     )
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply(finish_reason="st\ud800"), "st\ufffd"),
+        (Reply(finish_reason=5), "5"),
+        (Reply(usage="odd", usage_unasked=True), "stop"),
+        (Reply(usage=[1], usage_unasked=True), "stop"),
+        (Reply(usage={"total_tokens": 1, "note": "\udfff"}, usage_unasked=True), "stop"),
+    ],
+    ids=["half a pair", "number", "usage text", "usage list", "usage half a pair"],
+)
+def test_an_odd_finish_reason_or_usage_does_not_cut_the_answer(
+    chat: Chat, upstream: Upstream, reply: Reply, reason: str, stream: bool
+) -> None:
+    upstream.reply = reply
+    if stream:
+        events = chat.events(stream_options={"include_usage": True})
+        assert text_of(events) == "Hello, world!"
+        assert finish_reasons(events) == [reason]
+        assert not any("error" in event for event in events)
+    else:
+        [choice] = chat.post().json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello, world!", reason)
+
+
 def test_half_a_surrogate_pair_in_a_message_is_replaced(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = failing(400, {"error": {"message": "bad \ud83d"}})
     assert chat.post().json() == {"detail": "bad \ufffd"}

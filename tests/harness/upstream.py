@@ -31,8 +31,9 @@ class Reply:
     thoughts: int = 0
     pace: float = 0.0
     gated: bool = False
-    finish_reason: str | None = "stop"
+    finish_reason: Any = "stop"
     finish_first: bool = False  # with each token, and not in a chunk of its own
+    usage: Any = field(default_factory=USAGE.copy)
     usage_unasked: bool = False
     usage_early: bool = False  # with the last token, too
     then: Literal["end", "late text", "break", "stall", "error", "nonsense", "no choices"] = "end"
@@ -169,7 +170,7 @@ class Upstream:
                 await self.is_released(number)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
-            usage = USAGE if reply.usage_early and number == len(deltas) else None
+            usage = reply.usage if reply.usage_early and number == len(deltas) else None
             await self.send_choice(send, received, delta, reply.finish_reason if reply.finish_first else None, usage)
             self.note(received, sent=number)
         if reply.gated:
@@ -190,7 +191,7 @@ class Upstream:
             if not reply.finish_first:
                 await self.send_choice(send, received, finish_reason=reply.finish_reason)
             if reply.usage_unasked or (received.body.get("stream_options") or {}).get("include_usage"):
-                await send(event({**self.frame(".chunk", received), "choices": [], "usage": USAGE}))
+                await send(event({**self.frame(".chunk", received), "choices": [], "usage": reply.usage}))
         await send(body(b"data: [DONE]\n\n"))
         await send(body(b"", more=False))
 
@@ -202,8 +203,8 @@ class Upstream:
         send: Any,
         received: Received,
         delta: Any = None,
-        finish_reason: str | None = None,
-        usage: dict[str, int] | None = None,
+        finish_reason: Any = None,
+        usage: Any = None,
     ) -> None:
         choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
         await send(event({**self.frame(".chunk", received), "choices": [choice], "usage": usage}))
