@@ -85,7 +85,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> 
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Block until the URL answers; raise RuntimeError when the process ends first."""
+    """Block until the URL answers; raise RuntimeError when the process ends first, or takes too long."""
 
     def answers() -> bool:
         if process.poll() is not None:
@@ -95,7 +95,10 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
             return True
         return False
 
-    wait_until(answers, url)
+    try:
+        wait_until(answers, url)
+    except TimeoutError as error:
+        raise RuntimeError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -129,7 +132,7 @@ def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **va
             start = running(started, url, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:
                 process = stack.enter_context(start)
-            except (RuntimeError, TimeoutError) as error:
+            except RuntimeError as error:
                 end = (Path(folder) / "server.log").read_text().splitlines()[-10:]
                 raise RuntimeError("\n".join(["The server did not start.", *end])) from error
             yield Server(process, port, environment, Path(folder))
