@@ -1,7 +1,8 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-`PipelineWrapper` is the example. What it needs in production follows in the order in which data flows: the settings,
-the request, the thread and its client, the answer.
+AsyncPipeline runs such a component in a thread, and Hayhooks carries its chunks over to the event loop.
+`PipelineWrapper` is the example. What it needs in production follows: the settings, the request, the thread and its
+client, the answer.
 """
 
 import asyncio
@@ -41,13 +42,22 @@ PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Give each caller the chunks of a chat method in the form that it expects: see `answer`, near the end."""
+    """Make a chat method, which returns chunks, return what its caller expects."""
 
     @functools.wraps(chat)
     async def chat_for_every_caller(
         self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]
-    ) -> Any:
-        return await answer(await chat(self, model, messages, body), model, body.get("stream"))
+    ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
+        provide_threads(asyncio.get_running_loop())
+        chunks = Relay().take(await chat(self, model, messages, body))
+        if "stream" not in body:  # from Hayhooks' A2A server, `run_api_async` or your own code
+            return chunks
+        # The others come from /v1/chat/completions.
+        if not body["stream"]:
+            return await collect_completion(chunks, model)
+        # The response begins when this returns. With no chunk yet, a wrong key would be an empty 200.
+        first = await anext(chunks, None)
+        return stream_completion(first, chunks, model)
 
     return chat_for_every_caller
 
@@ -60,14 +70,14 @@ class PipelineWrapper(BasePipelineWrapper):
         settings = read_settings()
         llm = OpenAIGenerator(
             api_key=Secret.from_token(settings.OPENAI_API_KEY),
-            model=settings.OPENAI_MODEL,
+            model=settings.OPENAI_MODEL,  # the `model` of a request names this pipeline
             api_base_url=settings.OPENAI_BASE_URL,
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Limits the streams, and ends each with its client.
+        # Without it nothing limits the streams, and each goes on when its client has left.
         protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
-        # Closes the connection, and notices an answer that broke off.
+        # Without it connections stay open, and an answer that broke off looks complete.
         watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -78,7 +88,7 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Answer a chat; raises HTTPException for bad input and when the upstream fails."""
+        """Return the chunks of an answer; raises HTTPException for bad input."""
         system_prompt, history, question = read_messages(messages)
         parameters = read_parameters(body)
         return async_streaming_generator(
@@ -87,11 +97,11 @@ class PipelineWrapper(BasePipelineWrapper):
                 "prompt": {"history": history, "question": question},
                 "llm": {"system_prompt": system_prompt, "generation_kwargs": parameters},
             },
-            # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, can switch streaming off in this one.
+            # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, this line, `protect_run` and `watch_upstream` do nothing, and can go; failures
-            # then have no status of their own.
+            # component that has one, delete this line, `protect_run` and `watch_upstream`: they act on `run`, which
+            # AsyncPipeline then does not call. All failures become a 500, unless the component's are translated, too.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -136,10 +146,10 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
     With the last message alone, a chat would have no memory.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads one request
+    if len(messages) > 2000:  # all streams wait while the event loop reads them; long texts take it little time
         bad_request("messages must not be more than 2000.")
-    to_json(messages, "messages")
-    system, turns, text = [], [], ""
+    check_json(messages, "messages")
+    system, turns = [], []
     for index, message in enumerate(messages):
         role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
@@ -150,18 +160,21 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
         if role == "user" and not text.strip():
             bad_request(f"{field}.content must not be blank.")
         if role in ("user", "assistant"):
-            turns.append(f"{role}: {text}")
+            turns.append((role, text))
         else:
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
         bad_request("messages must end with a message from the user.")
-    return "\n".join(system) or None, "\n\n".join(turns[:-1]), text
+    *earlier, (_, question) = turns
+    history = "\n\n".join(f"{role}: {text}" for role, text in earlier)
+    return "\n".join(system) or None, history, question
 
 
 def read_text(content: Any, field: str) -> str:
     """Return the text of a message; raises HTTPException. OpenAI's API allows a list of parts, too."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = []
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+    for part in parts:
         match part:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
@@ -197,21 +210,22 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
         if body.get(field):
             bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
-    # Haystack copies them on the event loop, item by item, and all streams wait meanwhile.
-    if sum(len(to_json(value, field)) for field, value in parameters.items()) > 64 * 1024:
+    # All streams wait while Haystack copies them, item by item, on the event loop.
+    if sum(check_json(value, field) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream streams in both cases. A whole answer always has usage, a stream has it on request.
+    # The upstream always streams, and sends usage only when asked: for a whole answer, where clients expect it, and for
+    # a stream on request.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
     return parameters
 
 
-def to_json(value: Any, field: str) -> bytes:
-    """Return JSON; raises HTTPException for NaN or half a surrogate pair, say. Unchecked, these fail when they are sent
-    to the upstream, as if that had failed."""
+def check_json(value: Any, field: str) -> int:
+    """Return how many bytes a value takes as JSON; raises HTTPException for NaN or half a surrogate pair, say. Later,
+    on its way to the upstream, it would raise too, and look as if the upstream had failed."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):
         bad_request(f"{field} must be valid JSON.")
 
@@ -222,53 +236,61 @@ def bad_request(sentence: str) -> NoReturn:
 
 # The thread and its client
 #
+# A chunk:
 # 1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
 # 2. For each chunk the component calls its `streaming_callback`, in that thread: this is `Relay.put`.
 # 3. `put` calls Hayhooks' own callback, which carries the chunk over to the event loop. Then `put` waits.
-# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to the last part.
+# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to its client.
 # 5. When `take` is asked for the next chunk, it lets `put` return, and the component reads on.
+#
+# A client that leaves in the middle of a stream: its generators are closed, `take` among them, which lets `put` raise
+# ClientLeftError. This ends the component's `run`, and `protected_run` closes the connection. (Before the first chunk,
+# and without a stream, Hayhooks does not tell that a client left.)
+#
+# A failure: `protected_run` keeps it and returns, so the pipeline ends as if all were well. Then `take` raises it.
 
 
 PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
 
 
 class ClientLeftError(Exception):
-    """The client left, or took nothing of the answer for so long."""
+    """The client left, or took no chunk for as long as PATIENCE."""
 
 
 class Relay:
     """Joins one run of the component, in its thread, to its client, on the event loop.
 
-    Left to itself, a run goes on when its client has left, and a user who pressed Stop is billed for all of it. And
-    runs that read ahead of their clients keep the event loop from sending other clients their first chunk.
+    Without it a run goes on when its client has left, and a user who pressed Stop is billed for all of it. And runs
+    that read ahead of their clients keep the event loop from sending other clients their first chunk.
     """
 
     def __init__(self) -> None:
-        self.taken = Semaphore(0)  # released for each chunk that was taken, and at the end
-        self.over = False  # no more chunks will be taken
-        self.to_close = ExitStack()  # what closes with the run: `watch_upstream` adds the connection
+        self.taken = Semaphore(0)  # released by `take`: once for each chunk that the client took, once at the end
+        self.over = False  # the client takes no more chunks
+        self.to_close = ExitStack()  # closed when the run ends; `watch_upstream` adds the connection
         self.request_id: str | None = None  # the upstream's, for the log
         self.failure: HTTPException | None = None  # why the run failed
 
     def put(self, chunk: StreamingChunk, hand_over: Callable[[StreamingChunk], None]) -> None:
         """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
         hand_over(chunk)
-        if not self.taken.acquire(timeout=PATIENCE) or self.over:
+        in_time = self.taken.acquire(timeout=PATIENCE)
+        if self.over or not in_time:
             raise ClientLeftError
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
-        RELAY.set(self)  # the run finds it there: asyncio and Haystack copy the context into the thread
-        async with aclosing(chunks):
-            try:
+        RELAY.set(self)  # the run finds it there: the pipeline's task and its threads start with copies of this context
+        try:
+            async with aclosing(chunks):
                 async for chunk in chunks:
                     yield chunk
                     self.taken.release()
-            except Exception:  # from another component, and not for the caller's eyes
-                raise HTTPException(500, "The pipeline failed.") from None
-            finally:
-                self.over = True
-                self.taken.release()
+        except Exception:  # another component's, which Hayhooks has logged, and which is not for the caller's eyes
+            raise HTTPException(500, "The pipeline failed.") from None
+        finally:
+            self.over = True
+            self.taken.release()
         if self.failure:
             raise self.failure
 
@@ -277,18 +299,18 @@ RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
 def protect_run(component: Component, max_streams: int, key: str | None = None) -> None:
-    """Replace the component's `run` by one that takes one of `max_streams` places, ends with its client, closes the
-    connection, and keeps its failure for the caller.
+    """Replace the component's `run` by one that takes one of `max_streams` places, ends with its client, and keeps its
+    failure for the caller.
 
     Hayhooks would log an exception of `run` with a traceback and all that the upstream said. The line in its place,
     and the failure, do not show the `key`.
     """
     run, places = component.run, Semaphore(max_streams)
 
-    @functools.wraps(run)
+    @functools.wraps(run)  # Hayhooks looks for `streaming_callback` in its signature
     def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
         relay = RELAY.get()
-        outputs: Mapping[str, Any] = {"replies": []}  # with {} Haystack logs that the pipeline is blocked
+        outputs: Mapping[str, Any] = {"replies": []}  # with nothing at all Haystack logs that the pipeline is blocked
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
             return outputs
@@ -296,7 +318,8 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
             with relay.to_close:
                 outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
         except ClientLeftError:
-            relay.failure = HTTPException(408, f"The client left, or took nothing for {PATIENCE} seconds.")
+            # Only a client that has not left will see it.
+            relay.failure = HTTPException(408, f"Nothing of the answer was taken for {PATIENCE} seconds.")
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, key)
         finally:
@@ -311,7 +334,7 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
     """Let the run close the upstream's connection, and tell a complete answer from one that broke off.
 
     The SDK leaves an abandoned connection to the garbage collector, and the upstream goes on until that comes by.
-    Only this function and the exceptions in `as_http_exception` belong to the OpenAI SDK.
+    A component that does not use the OpenAI SDK does without this function.
     """
     completions: Any = llm.client.chat.completions
     create = completions.with_raw_response.create
@@ -320,12 +343,13 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
         relay, finished = RELAY.get(), False
         response = create(**request)
         relay.request_id = response.request_id
-        for data in relay.to_close.enter_context(response.parse(to=openai.Stream[object])):
+        stream = response.parse(to=openai.Stream[object])
+        relay.to_close.enter_context(stream)
+        for data in stream:
             chunk = read_chunk(data)
             finished = finished or any(choice.finish_reason for choice in chunk.choices)
-            # Some upstreams send usage unasked, or something else in its place.
-            if "stream_options" not in request or not isinstance(chunk.usage, CompletionUsage):
-                chunk.usage = None
+            asked = "stream_options" in request  # some upstreams send usage unasked, or something else in its place
+            chunk.usage = chunk.usage if asked and isinstance(chunk.usage, CompletionUsage) else None
             yield chunk
         if not finished:
             raise EOFError("the answer ended without a finish_reason")
@@ -334,8 +358,8 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
 
 
 def read_chunk(data: object) -> ChatCompletionChunk:
-    """Return a chunk of the upstream's answer. The SDK would take twenty times as long, and that for each token: it
-    keeps other clients from their first."""
+    """Return a chunk of the upstream's answer, made from its JSON data. The SDK itself takes several times as long to
+    make one, and while the threads compute, the event loop cannot."""
     text = encodable(json.dumps(data, ensure_ascii=False))
     try:
         return ChatCompletionChunk.model_validate_json(text)
@@ -346,14 +370,14 @@ def read_chunk(data: object) -> ChatCompletionChunk:
 def as_http_exception(error: Exception, request_id: str | None, key: str | None) -> HTTPException:
     """Log why a run failed, and return what its caller may know.
 
-    Neither has the key, which an upstream may quote, nor more than 2000 characters of what the upstream said.
+    Neither has the key, which an upstream may quote, nor more than 2000 characters of any text of the upstream.
     """
 
     def safe(text: object) -> str:
         encoded = encodable(str(text))
         return (encoded.replace(key, "[key]") if key else encoded)[:2000]
 
-    cause: BaseException = error
+    cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
     while cause.__cause__:
         cause = cause.__cause__
     status, message = None, safe(cause)
@@ -362,7 +386,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str | None)
         status, request_id = error.status_code, error.request_id
         message = safe(body.get("message") or error.response.text or error)
     facts = (status, safe(request_id), type(cause).__name__, message)
-    log.error("The upstream failed: status {}, request id {!r}, {}: {!r}", *facts)
+    log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
     match error:
         case openai.BadRequestError() | openai.UnprocessableEntityError():
@@ -389,35 +413,22 @@ def encodable(text: str) -> str:
 # The answer
 
 
-async def answer(
-    chunks: AsyncGenerator[StreamingChunk], model: str, stream: bool | None
-) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
-    """Return the chunks in the form that the caller expects; raises HTTPException when the upstream fails.
-
-    A stream begins when its first chunk is there, so that the answer to a wrong key is a status, and not a 200.
-    """
-    provide_threads(asyncio.get_running_loop())
-    chunks = Relay().take(chunks)
-    if stream is None:  # Hayhooks' A2A server, `run_api_async` and your own code; the OpenAI endpoint always sets it
-        return chunks
-    if not stream:
-        return await collect_completion(chunks, model)
-    first = await anext(chunks, None)
-    return stream_completion(first, chunks, model)
-
-
-@functools.cache  # once for each deploy, whose executor then replaces the last one's, and lets its threads end
+@functools.cache  # once for each deploy, as that loads this file anew
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait. The executor serves the whole process, other copies of this file and other pipelines included;
-    so the limit is high, and threads are made only when needed."""
+    stream would wait.
+
+    An event loop has one executor, so other pipelines and other copies of this file use this one, too. Its limit is far
+    above the places, and a thread is made only when none is free. The executor of the deploy before is replaced, and
+    its threads end.
+    """
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 async def stream_completion(
     first: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
 ) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that broke off ends with "stop"."""
+    """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that failed ends with "stop"."""
     head = new_head("chat.completion.chunk", model)
     chunk, finished, usage = first, False, None
     try:
@@ -425,13 +436,14 @@ async def stream_completion(
             while chunk is not None:
                 reason, its_usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage")
                 finished, usage = finished or bool(reason), its_usage or usage
-                if chunk.content or reason or not its_usage:
+                only_usage = its_usage and not (chunk.content or reason)  # sent last
+                if not only_usage:
                     yield ChatCompletion(**head, choices=[delta(chunk.content, reason)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
         return
-    if not finished:  # a component other than OpenAIGenerator may give no finish_reason
+    if not finished:  # it did not fail, but its component, another one than OpenAIGenerator, gives no finish_reason
         yield ChatCompletion(**head, choices=[delta("", "stop")])
     if usage:
         yield ChatCompletion(**head, choices=[], usage=usage)

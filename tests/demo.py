@@ -103,7 +103,7 @@ def reason(server: Server, answer: str) -> str:
     """Return what the client got, which says little on purpose, and the server log's own words."""
     with contextlib.suppress(ValueError, KeyError):
         answer = json.loads(answer)["detail"]
-    logged = re.findall("The upstream failed: .*", server.log)
+    logged = re.findall("The answer failed: .*", server.log)
     return "\n".join([answer, *(f"The server's log says: {line}" for line in logged[-1:])])
 
 

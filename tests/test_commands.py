@@ -112,7 +112,7 @@ def test_a_dead_upstream_is_named_in_the_words_of_the_log() -> None:
     with demo("--once", OPENAI_API_KEY="k", OPENAI_BASE_URL=f"http://127.0.0.1:{free_port()}/v1") as started:
         last = rest_of(started).splitlines()[-1]
     assert started.returncode == 1
-    assert "The upstream failed: " in last
+    assert "The answer failed: " in last
     assert "Connection refused" in last
 
 

@@ -24,7 +24,7 @@ def failing(status: int, error: Any, **headers: str) -> Reply:
 
 def last_failure(server: Server) -> str:
     """Return the last line of the log that tells of a failure."""
-    return [line for line in server.log.splitlines() if "The upstream failed: " in line][-1]
+    return [line for line in server.log.splitlines() if "The answer failed: " in line][-1]
 
 
 # Before the first chunk
@@ -216,7 +216,7 @@ def test_no_answer_and_no_log_has_the_key(chat: Chat, upstream: Upstream, reply:
     response = chat.post(stream=stream)
     assert KEY[:12] not in response.text
     assert KEY[:12] not in str(response.headers)
-    assert "The upstream failed: " in last_failure(chat.server)
+    assert "The answer failed: " in last_failure(chat.server)
     assert KEY[:12] not in chat.server.log
 
 
@@ -227,7 +227,7 @@ def test_a_failure_is_one_short_line_of_the_log(chat: Chat, upstream: Upstream) 
     assert chat.post().status_code == 502
     logged = chat.server.log[before:]
     [line] = [line for line in logged.split("\n") if line and " | INFO " not in line]
-    assert "The upstream failed: status 500, " in line
+    assert "The answer failed: status 500, " in line
     assert "first\\nsecond\\r\\x1b[31m\\u2028x" in line
     assert len(logged) < 20_000
 
