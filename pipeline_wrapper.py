@@ -55,7 +55,7 @@ def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk
         # The others come from /v1/chat/completions.
         if not body["stream"]:
             return await collect_completion(chunks, model)
-        # The response begins when this returns. With no chunk yet, a wrong key would be an empty 200.
+        # The response begins when this returns. Before the first chunk a wrong key can still have a status.
         first = await anext(chunks, None)
         return stream_completion(first, chunks, model)
 
@@ -75,9 +75,9 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it nothing limits the streams, and each goes on when its client has left.
+        # Without it a stream goes on when its client has left, and a failure does not reach the caller.
         protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
-        # Without it connections stay open, and an answer that broke off looks complete.
+        # Without it the upstream's connection stays open for a while, and an answer that broke off looks complete.
         watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -100,8 +100,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `protect_run` and `watch_upstream`: they act on `run`, which
-            # AsyncPipeline then does not call. All failures become a 500, unless the component's are translated, too.
+            # component that has one, delete this line, `protect_run` and `watch_upstream`, which concern `run` alone.
+            # Limit, pace and the statuses of failures (all are then a 500) are up to that component.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -112,13 +112,13 @@ class PipelineWrapper(BasePipelineWrapper):
 
 
 class Settings(BaseSettings):
-    """Environment variables; an optional one that is set but empty counts as unset."""
+    """Environment variables, with those that Hayhooks reads from `.env`; one that is empty counts as unset."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True)
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1, description="the name of a model")
-    # HttpUrl alone would read http:///v1 as a host called v1.
+    # The pattern is checked first: HttpUrl alone would read http:///v1 as a host called v1.
     OPENAI_BASE_URL: Annotated[str, AfterValidator(lambda url: str(HttpUrl(url)))] = Field(
         "https://api.openai.com/v1", pattern="^https?://[^/]", description="a URL with http:// or https:// and a host"
     )
@@ -154,7 +154,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
         role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
             bad_request(f"{field}.role must be system, developer, user or assistant.")
-        if role == "assistant" and content is None:  # it called a tool
+        if role == "assistant" and content is None:  # only tool calls, no text
             continue
         text = read_text(content, f"{field}.content")
         if role == "user" and not text.strip():
@@ -253,8 +253,11 @@ def bad_request(sentence: str) -> NoReturn:
 PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
 
 
-class ClientLeftError(Exception):
-    """The client left, or took no chunk for as long as PATIENCE."""
+class ClientLeftError(BaseException):
+    """The client left, or took no chunk for as long as PATIENCE.
+
+    Were it an Exception, a component could take it for a failure of its own, and try again.
+    """
 
 
 class Relay:
@@ -280,7 +283,7 @@ class Relay:
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
-        RELAY.set(self)  # the run finds it there: the pipeline's task and its threads start with copies of this context
+        RELAY.set(self)  # for `protected_run`: the pipeline's task, and in it each thread, gets a copy of the context
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -339,11 +342,12 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
     completions: Any = llm.client.chat.completions
     create = completions.with_raw_response.create
 
-    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:  # runs when the first chunk is asked for
+    # OpenAIGenerator only iterates over what it gets, so the request is sent when it asks for the first chunk.
+    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, finished = RELAY.get(), False
         response = create(**request)
         relay.request_id = response.request_id
-        stream = response.parse(to=openai.Stream[object])
+        stream = response.parse(to=openai.Stream[object])  # JSON data, for `read_chunk`
         relay.to_close.enter_context(stream)
         for data in stream:
             chunk = read_chunk(data)
@@ -370,7 +374,7 @@ def read_chunk(data: object) -> ChatCompletionChunk:
 def as_http_exception(error: Exception, request_id: str | None, key: str | None) -> HTTPException:
     """Log why a run failed, and return what its caller may know.
 
-    Neither has the key, which an upstream may quote, nor more than 2000 characters of any text of the upstream.
+    In both, the key, which an upstream may quote, is replaced, and each text of the upstream cut to 2000 characters.
     """
 
     def safe(text: object) -> str:
@@ -413,14 +417,14 @@ def encodable(text: str) -> str:
 # The answer
 
 
-@functools.cache  # once for each deploy, as that loads this file anew
+@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
     stream would wait.
 
-    An event loop has one executor, so other pipelines and other copies of this file use this one, too. Its limit is far
-    above the places, and a thread is made only when none is free. The executor of the deploy before is replaced, and
-    its threads end.
+    An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
+    above the places of one copy; a thread is made only when none is free. The threads of the executor before it end
+    with their streams.
     """
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
