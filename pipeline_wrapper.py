@@ -1,8 +1,18 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-AsyncPipeline runs such a component in a thread, and Hayhooks carries its chunks over to the event loop.
-`PipelineWrapper` is the example. What it needs in production follows: the settings, the request, the thread and its
-client, the answer.
+1. AsyncPipeline runs such a component, which has no `run_async`, in a thread of the event loop's executor.
+2. For each chunk it calls its `streaming_callback`, in that thread. `Relay.put` gives the chunk to Hayhooks, and waits.
+3. Hayhooks carries the chunk over to the event loop, where `Relay.take` yields it to the client.
+4. When `take` is asked for the next chunk, `put` returns, and the component reads on.
+
+A client that leaves in the middle of a stream: its generators are closed, `take` among them, and `put` raises an
+exception, at once or with the next chunk. This ends the component's `run`, and with it the upstream's connection.
+(Before the first chunk, and without a stream, Hayhooks does not tell that a client left.)
+
+A failure: the run in the thread keeps it and returns, so the pipeline ends as if all were well. Then `take` raises it.
+
+`PipelineWrapper` is the example, `for_every_caller` gives its chunks the form that each caller expects. What they need
+in production follows: the settings, the request, the thread and its client, the answer.
 """
 
 import asyncio
@@ -75,9 +85,9 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it a stream goes on when its client has left, and a failure does not reach the caller.
+        # Without it a stream goes on when its client has left, and every failure is a 500.
         protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
-        # Without it the upstream's connection stays open for a while, and an answer that broke off looks complete.
+        # Without it only the garbage collector closes the connection, and an answer that broke off looks complete.
         watch_upstream(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -88,7 +98,7 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Return the chunks of an answer; raises HTTPException for bad input."""
+        """Return the chunks of an answer, for the decorator; raises HTTPException for bad input."""
         system_prompt, history, question = read_messages(messages)
         parameters = read_parameters(body)
         return async_streaming_generator(
@@ -100,8 +110,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `protect_run` and `watch_upstream`, which concern `run` alone.
-            # Limit, pace and the statuses of failures (all are then a 500) are up to that component.
+            # component that has one, delete this line, `protect_run`, `watch_upstream` and what only they use, as all
+            # of it concerns `run`. What it did is then up to that component.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -234,20 +244,7 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-# The thread and its client
-#
-# A chunk:
-# 1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
-# 2. For each chunk the component calls its `streaming_callback`, in that thread: this is `Relay.put`.
-# 3. `put` calls Hayhooks' own callback, which carries the chunk over to the event loop. Then `put` waits.
-# 4. On the event loop `Relay.take` gets the chunk from `async_streaming_generator`, and yields it to its client.
-# 5. When `take` is asked for the next chunk, it lets `put` return, and the component reads on.
-#
-# A client that leaves in the middle of a stream: its generators are closed, `take` among them, which lets `put` raise
-# ClientLeftError. This ends the component's `run`, and `protected_run` closes the connection. (Before the first chunk,
-# and without a stream, Hayhooks does not tell that a client left.)
-#
-# A failure: `protected_run` keeps it and returns, so the pipeline ends as if all were well. Then `take` raises it.
+# The thread and its client: see the top
 
 
 PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
@@ -289,7 +286,7 @@ class Relay:
                 async for chunk in chunks:
                     yield chunk
                     self.taken.release()
-        except Exception:  # another component's, which Hayhooks has logged, and which is not for the caller's eyes
+        except Exception:  # another component's, say: Hayhooks has logged it, and it is not for the caller's eyes
             raise HTTPException(500, "The pipeline failed.") from None
         finally:
             self.over = True
@@ -313,7 +310,7 @@ def protect_run(component: Component, max_streams: int, key: str | None = None) 
     @functools.wraps(run)  # Hayhooks looks for `streaming_callback` in its signature
     def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
         relay = RELAY.get()
-        outputs: Mapping[str, Any] = {"replies": []}  # with nothing at all Haystack logs that the pipeline is blocked
+        outputs: Mapping[str, Any] = {"replies": []}  # with no output Haystack logs that the pipeline is blocked
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
             return outputs
