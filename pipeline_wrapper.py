@@ -6,10 +6,11 @@
 4. When `take` is asked for the next chunk, `put` returns, and the component reads on.
 
 A client that leaves in the middle of a stream: its generators are closed, `take` among them, and `put` raises an
-exception, at once or with the next chunk. This ends the component's `run`, and with it the upstream's connection.
-(Before the first chunk, and without a stream, Hayhooks does not tell that a client left.)
+exception, at once or with the next chunk. This ends the component's `run`, and with it the upstream's connection. If
+no chunk comes, the timeout ends both. (Before the first chunk, and without a stream, Hayhooks does not tell that a
+client left.)
 
-A failure: the run in the thread keeps it and returns, so the pipeline ends as if all were well. Then `take` raises it.
+A failure of the component is kept in the `Relay`, and the pipeline ends as if all were well. Then `take` raises it.
 
 `PipelineWrapper` is the example, `for_every_caller` gives its chunks the form that each caller expects. What they need
 in production follows: the settings, the request, the thread and its client, the answer.
@@ -85,7 +86,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it a stream goes on when its client has left, and every failure is a 500.
+        # Without it a stream goes on when its client has left, and no failure has a status of its own.
         protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
         # Without it only the garbage collector closes the connection, and an answer that broke off looks complete.
         watch_upstream(llm)
@@ -110,8 +111,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `protect_run`, `watch_upstream` and what only they use, as all
-            # of it concerns `run`. What it did is then up to that component.
+            # component that has one, delete this line, `protect_run` and `watch_upstream`, which concern `run`. Of
+            # `Relay` it needs only the closing; what else they did is up to that component, and its failures are a 500.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -156,7 +157,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
     With the last message alone, a chat would have no memory.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads them; long texts take it little time
+    if len(messages) > 2000:  # all streams wait while the event loop reads them; their length matters little
         bad_request("messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
@@ -244,7 +245,19 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-# The thread and its client: see the top
+# The thread and its client, as outlined at the top
+
+
+@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
+def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
+    stream would wait.
+
+    An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
+    above the places of one copy; a thread is made only when none is free. The threads of the executor before it end
+    with their streams.
+    """
+    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
@@ -291,7 +304,7 @@ class Relay:
         finally:
             self.over = True
             self.taken.release()
-        if self.failure:
+        if self.failure:  # not within the `try`, which would make it a 500
             raise self.failure
 
 
@@ -334,7 +347,7 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
     """Let the run close the upstream's connection, and tell a complete answer from one that broke off.
 
     The SDK leaves an abandoned connection to the garbage collector, and the upstream goes on until that comes by.
-    A component that does not use the OpenAI SDK does without this function.
+    A component without the OpenAI SDK needs its own way to do both: `RELAY.get().to_close` closes what it enters there.
     """
     completions: Any = llm.client.chat.completions
     create = completions.with_raw_response.create
@@ -412,18 +425,6 @@ def encodable(text: str) -> str:
 
 
 # The answer
-
-
-@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
-def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
-    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait.
-
-    An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
-    above the places of one copy; a thread is made only when none is free. The threads of the executor before it end
-    with their streams.
-    """
-    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 async def stream_completion(
