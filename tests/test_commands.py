@@ -175,6 +175,12 @@ def demo(*options: str, **variables: str) -> contextlib.AbstractContextManager["
     return started(sys.executable, "-B", str(EXAMPLE / "tests" / "demo.py"), *options, **variables)
 
 
+def hear_signals() -> None:
+    """Undo that a test run in the background ignores SIGINT, and one under nohup SIGHUP, and so would all it starts."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(*command: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
     """Run a command in a session of its own, as a terminal does; nothing of it outlives the block."""
@@ -186,7 +192,7 @@ def started(*command: str, **variables: str) -> Iterator["subprocess.Popen[str]"
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+        preexec_fn=hear_signals,
     ) as process:
         try:
             yield process
