@@ -286,6 +286,8 @@ class Relay:
 
     def put(self, chunk: StreamingChunk, hand_over: Callable[[StreamingChunk], None]) -> None:
         """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
+        if not isinstance(chunk.content, str):  # some upstreams send a list of parts, which would cut the stream
+            raise TypeError("the content of a chunk is not text")
         hand_over(chunk)
         in_time = self.taken.acquire(timeout=PATIENCE)
         if self.over or not in_time:

@@ -260,6 +260,17 @@ def test_half_a_surrogate_pair_arrives_as_a_replacement_character(chat: Chat, up
     )
 
 
+@pytest.mark.parametrize("content", [["a part"], {"text": "Hi"}, 5, True], ids=["list", "object", "number", "boolean"])
+def test_content_that_is_no_text_is_a_failure(chat: Chat, upstream: Upstream, content: Any) -> None:
+    upstream.reply = Reply(tokens=["Hello", content])
+    *events, last = chat.events()
+    assert list(texts_of(events)) == ["Hello"]
+    assert last["error"] == {"message": BROKE_OFF, "type": "server_error"}
+    failure = chat.post()
+    assert (failure.status_code, failure.json()) == (502, {"detail": BROKE_OFF})
+    assert chat.http.post(f"/{NAME}/run", json={"question": "Hi"}).status_code == 502
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("reply", "reason"),

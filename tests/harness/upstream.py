@@ -26,7 +26,7 @@ class Reply:
     `reasoning_content` and no text; both are paced and gated like tokens, but for the role.
     """
 
-    tokens: Sequence[str] = ("Hello", ", ", "world", "!")
+    tokens: Sequence[Any] = ("Hello", ", ", "world", "!")
     role: bool = True
     thoughts: int = 0
     pace: float = 0.0
