@@ -357,6 +357,7 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
     # OpenAIGenerator only iterates over what it gets, so the request is sent when it asks for the first chunk.
     def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, finished = RELAY.get(), False
+        asked = "stream_options" in request
         response = create(**request)
         relay.request_id = response.request_id
         stream = response.parse(to=openai.Stream[object])  # JSON data, for `read_chunk`
@@ -364,8 +365,8 @@ def watch_upstream(llm: OpenAIGenerator) -> None:
         for data in stream:
             chunk = read_chunk(data)
             finished = finished or any(choice.finish_reason for choice in chunk.choices)
-            asked = "stream_options" in request  # some upstreams send usage unasked, or something else in its place
-            chunk.usage = chunk.usage if asked and isinstance(chunk.usage, CompletionUsage) else None
+            if not asked or not isinstance(chunk.usage, CompletionUsage):
+                chunk.usage = None  # some upstreams send usage unasked, or something else in its place
             yield chunk
         if not finished:
             raise EOFError("the answer ended without a finish_reason")

@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round and fewer streams, and nothing is written")
     options = parser.parse_args()
     levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 7)
+    plain_rounds = min(rounds, 3)  # one takes the plain version a minute, and always the same
 
     results: dict[tuple[str, int], list[Round]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
@@ -185,13 +186,12 @@ def main() -> None:
         servers = [variant for variant in started if variant.process]
         for variant in started:  # the first requests pay for imports and connections
             asyncio.run(measure(variant, 10, 5, 0))
-        # The plain version takes a minute for each round, and always the same: it takes part in the first three.
         jobs = [
             (level, variant)
             for number in range(rounds)
             for level in levels
             for variant in started
-            if variant.name != PLAIN or number < 3
+            if variant.name != PLAIN or number < plain_rounds
         ]
         for level, variant in track(jobs, description="Measuring"):
             for _ in range(10 if level == 1 else 1):
@@ -244,7 +244,7 @@ def main() -> None:
 
 Written by `./tests/run bench` on {datetime.date.today()}: {versions}, {python}.
 Answers of {TOKENS} tokens, {PACE * 1000:.0f} ms apart; medians of {rounds} rounds
-({min(rounds, 3)} of the plain version). Each variant has a process of its own; the client and the upstream run on the
+({plain_rounds} of the plain version). Each variant has a process of its own; the client and the upstream run on the
 same machine.
 
 Time to first token, p50 / p95:
