@@ -1,16 +1,17 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
+A chunk's way from the upstream to the client:
+
 1. AsyncPipeline runs such a component, which has no `run_async`, in a thread of the event loop's executor.
-2. For each chunk it calls its `streaming_callback`, in that thread. `Relay.put` gives the chunk to Hayhooks, and waits.
-3. Hayhooks carries the chunk over to the event loop, where `Relay.take` yields it to the client.
-4. When `take` is asked for the next chunk, `put` returns, and the component reads on.
+2. There OpenAIGenerator iterates over the chunks of `watched_create`, and calls its `streaming_callback` with each.
+3. This callback is Hayhooks' own. It carries the chunk over to the event loop, where `Relay.take` yields it.
+4. When `take` is asked for the next chunk, `watched_create` reads it.
 
-A client that leaves in the middle of a stream: its generators are closed, `take` among them, and `put` raises an
-exception, at once or with the next chunk. This ends the component's `run`, and with it the upstream's connection. If
-no chunk comes, the timeout ends both. (Before the first chunk, and without a stream, Hayhooks does not tell that a
-client left.)
+A client that leaves in the middle of a stream: `take` is closed, and `watched_create` ends, at once or with the next
+chunk. This closes the upstream's connection; OpenAIGenerator takes it for the end of the answer. If no chunk comes, the
+timeout ends it. (Before the first chunk, and without a stream, Hayhooks does not tell that a client left.)
 
-A failure of the component is kept in the `Relay`, and the pipeline ends as if all were well. Then `take` raises it.
+A failure: `watched_create` keeps it in the `Relay`, and yields an empty chunk. When this arrives, `take` raises it.
 
 `PipelineWrapper` is the example, `for_every_caller` gives its chunks the form that each caller expects. What they need
 in production follows: the settings, the request, the thread and its client, the answer.
@@ -22,9 +23,9 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from contextvars import ContextVar
 from threading import Semaphore
 from typing import Annotated, Any, NoReturn
@@ -42,7 +43,6 @@ try:
     from haystack import AsyncPipeline
     from haystack.components.builders import PromptBuilder
     from haystack.components.generators import OpenAIGenerator
-    from haystack.core.component import Component
     from haystack.dataclasses import StreamingChunk
     from haystack.utils import Secret
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
@@ -86,10 +86,8 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it a stream goes on when its client has left, and no failure has a status of its own.
-        protect_run(llm, settings.MAX_CONCURRENT_STREAMS, settings.OPENAI_API_KEY)
-        # Without it only the garbage collector closes the connection, and an answer that broke off looks complete.
-        watch_upstream(llm)
+        # Without it the upstream goes on when a client has left, and no failure has a status of its own.
+        watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
@@ -111,8 +109,7 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `protect_run` and `watch_upstream`, which concern `run`. Of
-            # `Relay` it needs only the closing; what else they did is up to that component, and its failures are a 500.
+            # component that has one, delete this line, `provide_threads` and `watch_upstream`.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -245,7 +242,7 @@ def bad_request(sentence: str) -> NoReturn:
     raise HTTPException(400, sentence)
 
 
-# The thread and its client, as outlined at the top
+# The thread and its client
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
@@ -263,136 +260,119 @@ def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
 PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
 
 
-class ClientLeftError(BaseException):
-    """The client left, or took no chunk for as long as PATIENCE.
-
-    Were it an Exception, a component could take it for a failure of its own, and try again.
-    """
-
-
 class Relay:
-    """Joins one run of the component, in its thread, to its client, on the event loop.
+    """What the thread of an answer and the event loop, which serves its client, tell each other.
 
-    Without it a run goes on when its client has left, and a user who pressed Stop is billed for all of it. And runs
-    that read ahead of their clients keep the event loop from sending other clients their first chunk.
+    Without it a user who pressed Stop is billed for the whole answer. And threads that read ahead of their clients keep
+    the event loop from sending other clients their first chunk.
     """
 
     def __init__(self) -> None:
-        self.taken = Semaphore(0)  # released by `take`: once for each chunk that the client took, once at the end
-        self.over = False  # the client takes no more chunks
-        self.to_close = ExitStack()  # closed when the run ends; `watch_upstream` adds the connection
-        self.request_id: str | None = None  # the upstream's, for the log
-        self.failure: HTTPException | None = None  # why the run failed
+        self.taken = Semaphore(0)  # released once for each chunk that the client took, and when it takes no more
+        self.over = False  # the client takes no more
+        self.failure: HTTPException | None = None  # why the answer failed
 
-    def put(self, chunk: StreamingChunk, hand_over: Callable[[StreamingChunk], None]) -> None:
-        """In the thread: hand over a chunk, and wait until it is taken; raises ClientLeftError, which ends the run."""
-        if not isinstance(chunk.content, str):  # some upstreams send a list of parts, which would cut the stream
-            raise TypeError("the content of a chunk is not text")
-        hand_over(chunk)
-        in_time = self.taken.acquire(timeout=PATIENCE)
-        if self.over or not in_time:
-            raise ClientLeftError
+    def wait(self) -> bool:
+        """In the thread: wait until the last chunk is taken, and return whether to read on."""
+        if not self.taken.acquire(timeout=PATIENCE):
+            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds")
+        return not self.over
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the run failed."""
-        RELAY.set(self)  # for `protected_run`: the pipeline's task, and in it each thread, gets a copy of the context
+        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
+        RELAY.set(self)  # the pipeline's task, and in it each thread, gets a copy of this context
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
+                    if self.failure:
+                        raise self.failure
                     yield chunk
                     self.taken.release()
+        except HTTPException:
+            raise
         except Exception:  # another component's, say: Hayhooks has logged it, and it is not for the caller's eyes
             raise HTTPException(500, "The pipeline failed.") from None
-        finally:
+        finally:  # also when the client has left: then Hayhooks closes this generator at its `yield`
             self.over = True
             self.taken.release()
-        if self.failure:  # not within the `try`, which would make it a 500
-            raise self.failure
 
 
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 
-def protect_run(component: Component, max_streams: int, key: str | None = None) -> None:
-    """Replace the component's `run` by one that takes one of `max_streams` places, ends with its client, and keeps its
-    failure for the caller.
+# Carries a failure to `take`. Without any chunk OpenAIGenerator itself would fail.
+FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
 
-    Hayhooks would log an exception of `run` with a traceback and all that the upstream said. The line in its place,
-    and the failure, do not show the `key`.
+
+def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
+    """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
+    client, closes the connection, and keeps a failure for `Relay.take`.
+
+    Out of the component it would be logged with its traceback and all that the upstream said, and be a 500.
     """
-    run, places = component.run, Semaphore(max_streams)
+    places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
-    @functools.wraps(run)  # Hayhooks looks for `streaming_callback` in its signature
-    def protected_run(streaming_callback: Callable[[StreamingChunk], None], **inputs: Any) -> Mapping[str, Any]:
-        relay = RELAY.get()
-        outputs: Mapping[str, Any] = {"replies": []}  # with no output Haystack logs that the pipeline is blocked
+    # OpenAIGenerator only iterates over what it gets, so all of this happens in its loop.
+    def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
+        relay, request_id, finished = RELAY.get(), None, False
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            return outputs
+            yield FAILED
+            return
         try:
-            with relay.to_close:
-                outputs = run(streaming_callback=lambda chunk: relay.put(chunk, streaming_callback), **inputs)
-        except ClientLeftError:
-            # Only a client that has not left will see it.
-            relay.failure = HTTPException(408, f"Nothing of the answer was taken for {PATIENCE} seconds.")
+            # What `create` itself would do, but for `object`: JSON data, for `read_chunk`.
+            stream = llm.client.post(
+                "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
+            )
+            request_id = stream.response.headers.get("x-request-id")
+            # An abandoned connection stays open until the garbage collector comes by, and the upstream goes on.
+            with stream:
+                for data in stream:
+                    chunk = read_chunk(data)
+                    finished = finished or any(choice.finish_reason for choice in chunk.choices)
+                    if "stream_options" not in request:  # some upstreams send usage unasked
+                        chunk.usage = None
+                    yield chunk
+                    if not relay.wait():
+                        return
+            if not finished:
+                raise EOFError("the answer ended without a finish_reason")
         except Exception as error:
-            relay.failure = as_http_exception(error, relay.request_id, key)
+            relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+            yield FAILED
         finally:
             places.release()
-        return outputs
 
-    replaced: Any = component  # a type checker takes `run` for read-only
-    replaced.run = protected_run
-
-
-def watch_upstream(llm: OpenAIGenerator) -> None:
-    """Let the run close the upstream's connection, and tell a complete answer from one that broke off.
-
-    The SDK leaves an abandoned connection to the garbage collector, and the upstream goes on until that comes by.
-    A component without the OpenAI SDK needs its own way to do both: `RELAY.get().to_close` closes what it enters there.
-    """
-    completions: Any = llm.client.chat.completions
-    create = completions.with_raw_response.create
-
-    # OpenAIGenerator only iterates over what it gets, so the request is sent when it asks for the first chunk.
-    def create_watched(**request: Any) -> Iterator[ChatCompletionChunk]:
-        relay, finished = RELAY.get(), False
-        asked = "stream_options" in request
-        response = create(**request)
-        relay.request_id = response.request_id
-        stream = response.parse(to=openai.Stream[object])  # JSON data, for `read_chunk`
-        relay.to_close.enter_context(stream)
-        for data in stream:
-            chunk = read_chunk(data)
-            finished = finished or any(choice.finish_reason for choice in chunk.choices)
-            if not asked or not isinstance(chunk.usage, CompletionUsage):
-                chunk.usage = None  # some upstreams send usage unasked, or something else in its place
-            yield chunk
-        if not finished:
-            raise EOFError("the answer ended without a finish_reason")
-
-    completions.create = create_watched
+    completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
+    completions.create = watched_create
 
 
 def read_chunk(data: object) -> ChatCompletionChunk:
-    """Return a chunk of the upstream's answer, made from its JSON data. The SDK itself takes several times as long to
-    make one, and while the threads compute, the event loop cannot."""
+    """Return a chunk, made from its JSON data; raises an exception for what OpenAIGenerator cannot read.
+
+    The SDK itself takes several times as long to make one, and while the threads compute, the event loop cannot.
+    """
     text = encodable(json.dumps(data, ensure_ascii=False))
     try:
         return ChatCompletionChunk.model_validate_json(text)
-    except ValidationError:  # the SDK's own way, for an upstream that differs from OpenAI in a field
-        return ChatCompletionChunk.construct(**json.loads(text))
+    except ValidationError:  # from an upstream that differs from OpenAI in a field: take it as it is, as the SDK does
+        chunk = ChatCompletionChunk.construct(**json.loads(text))
+    for choice in chunk.choices:
+        if not isinstance(choice.delta.content, str | None):
+            raise TypeError("the content of a chunk is not text")
+    if not isinstance(chunk.usage, CompletionUsage):
+        chunk.usage = None
+    return chunk
 
 
-def as_http_exception(error: Exception, request_id: str | None, key: str | None) -> HTTPException:
-    """Log why a run failed, and return what its caller may know.
+def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
+    """Log why an answer failed, and return what its caller may know.
 
     In both, the key, which an upstream may quote, is replaced, and each text of the upstream cut to 2000 characters.
     """
 
     def safe(text: object) -> str:
-        encoded = encodable(str(text))
-        return (encoded.replace(key, "[key]") if key else encoded)[:2000]
+        return encodable(str(text)).replace(key, "[key]")[:2000]
 
     cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
     while cause.__cause__:
@@ -419,7 +399,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str | None)
             return HTTPException(504, "The upstream did not answer in time.")
         case _ if type(error) is openai.APIError:  # an error event within the answer
             return HTTPException(502, message)
-    return HTTPException(502, "The upstream failed before its answer was complete.")
+    return HTTPException(502, "The upstream's answer could not be completed.")
 
 
 def encodable(text: str) -> str:
@@ -435,28 +415,25 @@ async def stream_completion(
 ) -> AsyncGenerator[ChatCompletion]:
     """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that failed ends with "stop"."""
     head = new_head("chat.completion.chunk", model)
-    chunk, finished, usage = first, False, None
+    chunk, finish_reason, usage = first, None, None
     try:
         async with aclosing(others):
-            while chunk is not None:
-                reason, its_usage = chunk.meta.get("finish_reason"), chunk.meta.get("usage")
-                finished, usage = finished or bool(reason), its_usage or usage
-                only_usage = its_usage and not (chunk.content or reason)  # sent last
-                if not only_usage:
-                    yield ChatCompletion(**head, choices=[delta(chunk.content, reason)])
+            while chunk:
+                finish_reason = chunk.meta.get("finish_reason") or finish_reason
+                usage = chunk.meta.get("usage") or usage
+                if chunk.content or not (finish_reason or usage):  # without text these two come at the end
+                    yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
         return
-    if not finished:  # it did not fail, but its component, another one than OpenAIGenerator, gives no finish_reason
-        yield ChatCompletion(**head, choices=[delta("", "stop")])
+    yield ChatCompletion(**head, choices=[delta("", str(finish_reason or "stop"))])
     if usage:
         yield ChatCompletion(**head, choices=[], usage=usage)
 
 
-def delta(text: str, finish_reason: object) -> Choice:
-    reason = str(finish_reason) if finish_reason else None  # an upstream's odd one, a number say, would cut the stream
-    return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=reason)
+def delta(text: str, finish_reason: str | None = None) -> Choice:
+    return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=finish_reason)
 
 
 async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:

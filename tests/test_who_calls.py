@@ -31,7 +31,7 @@ TRICKY = [
     "\t\x00 ",
 ]
 REFUSED = "The upstream refused the server's credentials."
-BROKE_OFF = "The upstream failed before its answer was complete."
+BROKE_OFF = "The upstream's answer could not be completed."
 WRONG_KEY = Reply(status=401, error={"error": {"message": f"Incorrect API key provided: {KEY}"}})
 
 
