@@ -4,14 +4,17 @@ A chunk's way from the upstream to the client:
 
 1. AsyncPipeline runs such a component, which has no `run_async`, in a thread of the event loop's executor.
 2. There OpenAIGenerator iterates over the chunks of `watched_create`, and calls its `streaming_callback` with each.
-3. This callback is Hayhooks' own. It carries the chunk over to the event loop, where `Relay.take` yields it.
-4. When `take` is asked for the next chunk, `watched_create` reads it.
+3. This callback is Hayhooks' own. It puts the chunk into a queue of the event loop, from where `Relay.take` yields it
+   to `stream_completion`, and this yields it to Hayhooks, which writes it to the client.
+4. The thread waits all the while. It reads the next chunk when `take` is asked for it.
 
-A client that leaves in the middle of a stream: `take` is closed, and `watched_create` ends, at once or with the next
-chunk. This closes the upstream's connection; OpenAIGenerator takes it for the end of the answer. If no chunk comes, the
-timeout ends it. (Before the first chunk, and without a stream, Hayhooks does not tell that a client left.)
+A client leaves in the middle of a stream: `take` is closed or cancelled, and `watched_create` ends, at once if it waits
+for the client, else with the next chunk. This closes the upstream's connection; OpenAIGenerator takes it for the end of
+the answer. An upstream that is silent ends with the timeout. (Before the first chunk, and without a stream, Hayhooks
+does not tell that a client left.)
 
-A failure: `watched_create` keeps it in the `Relay`, and yields an empty chunk. When this arrives, `take` raises it.
+The upstream fails: `watched_create` keeps the failure in the `Relay`, and yields an empty chunk. When this arrives,
+`take` raises the failure.
 
 `PipelineWrapper` is the example, `for_every_caller` gives its chunks the form that each caller expects. What they need
 in production follows: the settings, the request, the thread and its client, the answer.
@@ -19,6 +22,7 @@ in production follows: the settings, the request, the thread and its client, the
 
 import asyncio
 import functools
+import gc
 import json
 import re
 import time
@@ -86,12 +90,14 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, and no failure has a status of its own.
+        # Without it the upstream goes on when a client has left, and each of its failures is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
+        # Without it all streams stand still while the garbage collector goes through the objects of every library.
+        gc.freeze()
 
     @for_every_caller
     async def run_chat_completion_async(
@@ -109,7 +115,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `provide_threads` and `watch_upstream`.
+            # component that has one, delete this line, and below "The thread and its client" all but `take`. What that
+            # part did, Stop and failures among it, is then up to the component.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -154,7 +161,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
     With the last message alone, a chat would have no memory.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads them; their length matters little
+    if len(messages) > 2000:  # all streams wait while the event loop reads them
         bad_request("messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
@@ -211,7 +218,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. Fields that are not named here are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. All but PARAMETERS is dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -273,7 +280,7 @@ class Relay:
         self.failure: HTTPException | None = None  # why the answer failed
 
     def wait(self) -> bool:
-        """In the thread: wait until the last chunk is taken, and return whether to read on."""
+        """In the thread, after each chunk: wait until it is taken, and return whether to read on."""
         if not self.taken.acquire(timeout=PATIENCE):
             raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds")
         return not self.over
@@ -281,24 +288,24 @@ class Relay:
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
         RELAY.set(self)  # the pipeline's task, and in it each thread, gets a copy of this context
-        try:
-            async with aclosing(chunks):
+        async with aclosing(chunks):
+            try:
                 async for chunk in chunks:
                     if self.failure:
                         raise self.failure
                     yield chunk
                     self.taken.release()
-        except HTTPException:
-            raise
-        except Exception:  # another component's, say: Hayhooks has logged it, and it is not for the caller's eyes
-            raise HTTPException(500, "The pipeline failed.") from None
-        finally:  # also when the client has left: then Hayhooks closes this generator at its `yield`
-            self.over = True
-            self.taken.release()
+            except HTTPException:
+                raise
+            except Exception:  # another component's, say: Hayhooks has logged it, and it is not for the caller's eyes
+                raise HTTPException(500, "The pipeline failed.") from None
+            finally:  # the client may have left
+                self.over = True
+                self.taken.release()
 
 
+# A component that does not use the OpenAI SDK can call `RELAY.get().wait()` itself.
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
-
 
 # Carries a failure to `take`. Without any chunk OpenAIGenerator itself would fail.
 FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
@@ -355,7 +362,7 @@ def read_chunk(data: object) -> ChatCompletionChunk:
     text = encodable(json.dumps(data, ensure_ascii=False))
     try:
         return ChatCompletionChunk.model_validate_json(text)
-    except ValidationError:  # from an upstream that differs from OpenAI in a field: take it as it is, as the SDK does
+    except ValidationError:  # from an upstream that differs from OpenAI in a field: the SDK takes it as it is
         chunk = ChatCompletionChunk.construct(**json.loads(text))
     for choice in chunk.choices:
         if not isinstance(choice.delta.content, str | None):
@@ -397,9 +404,9 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
             return HTTPException(502, "The upstream refused the server's credentials.")
         case _ if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
             return HTTPException(504, "The upstream did not answer in time.")
-        case _ if type(error) is openai.APIError:  # an error event within the answer
+        case _ if type(error) is openai.APIError:  # not a subclass: an error event within the answer
             return HTTPException(502, message)
-    return HTTPException(502, "The upstream's answer could not be completed.")
+    return HTTPException(502, "The answer could not be completed.")
 
 
 def encodable(text: str) -> str:
@@ -418,11 +425,10 @@ async def stream_completion(
     chunk, finish_reason, usage = first, None, None
     try:
         async with aclosing(others):
-            while chunk:
+            while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                if chunk.content or not (finish_reason or usage):  # without text these two come at the end
-                    yield ChatCompletion(**head, choices=[delta(chunk.content)])
+                yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})

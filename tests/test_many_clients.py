@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,10 @@ def test_a_thread_is_used_again(wrapper: PipelineWrapper) -> None:
     first, last = asyncio.run(chats())
     assert first
     assert first <= last
+
+
+def test_the_garbage_collector_passes_over_the_libraries(wrapper: PipelineWrapper) -> None:
+    assert gc.get_freeze_count() > len(gc.get_objects())  # those that it still goes through
 
 
 # A good neighbour

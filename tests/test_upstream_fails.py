@@ -14,7 +14,7 @@ from pipeline_wrapper import encodable
 
 TOLD = "You asked too much, {braces} included."
 REFUSED = "The upstream refused the server's credentials."
-BROKE_OFF = "The upstream's answer could not be completed."
+BROKE_OFF = "The answer could not be completed."
 TOO_LATE = "The upstream did not answer in time."
 
 
