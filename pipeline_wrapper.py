@@ -2,7 +2,7 @@
 
 A chunk's way from the upstream to the client:
 
-1. AsyncPipeline runs such a component, which has no `run_async`, in a thread of the event loop's executor.
+1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
 2. There OpenAIGenerator iterates over the chunks of `watched_create`, and calls its `streaming_callback` with each.
 3. This callback is Hayhooks' own. It puts the chunk into a queue of the event loop, from where `Relay.take` yields it
    to `stream_completion`, and this yields it to Hayhooks, which writes it to the client.
@@ -90,7 +90,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, and each of its failures is a 500.
+        # Without it the upstream goes on when a client has left, and each failure of the upstream is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -115,8 +115,8 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, and below "The thread and its client" all but `take`. What that
-            # part did, Stop and failures among it, is then up to the component.
+            # component that has one, delete this line, `provide_threads` and `watch_upstream`, with what only they use.
+            # What they did, Stop among it, is then up to the component, and each of its failures a 500.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -159,7 +159,7 @@ def read_settings() -> Settings:
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
-    With the last message alone, a chat would have no memory.
+    Without the history a chat has no memory. Where that is wanted, return "" for it.
     """
     if len(messages) > 2000:  # all streams wait while the event loop reads them
         bad_request("messages must not be more than 2000.")
@@ -218,7 +218,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. All but PARAMETERS is dropped."""
+    """Return the parameters for the upstream; raises HTTPException. A field that is not in PARAMETERS is dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -228,8 +228,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     # All streams wait while Haystack copies them, item by item, on the event loop.
     if sum(check_json(value, field) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream always streams, and sends usage only when asked: for a whole answer, where clients expect it, and for
-    # a stream on request.
+    # The upstream, which always streams, is asked for usage: always for a whole answer, where clients expect it, for a
+    # stream on request.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -258,7 +258,7 @@ def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     stream would wait.
 
     An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
-    above the places of one copy; a thread is made only when none is free. The threads of the executor before it end
+    above MAX_CONCURRENT_STREAMS; a thread is made only when none is free. The threads of the executor before it end
     with their streams.
     """
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
@@ -280,14 +280,15 @@ class Relay:
         self.failure: HTTPException | None = None  # why the answer failed
 
     def wait(self) -> bool:
-        """In the thread, after each chunk: wait until it is taken, and return whether to read on."""
+        """In the thread, after each chunk: wait until it is taken, and return whether to read on; raises
+        BrokenPipeError when that takes longer than PATIENCE."""
         if not self.taken.acquire(timeout=PATIENCE):
             raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds")
         return not self.over
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
-        RELAY.set(self)  # the pipeline's task, and in it each thread, gets a copy of this context
+        RELAY.set(self)  # the pipeline starts when it is asked for the first chunk, and its thread has a copy of this
         async with aclosing(chunks):
             try:
                 async for chunk in chunks:
@@ -304,19 +305,17 @@ class Relay:
                 self.taken.release()
 
 
-# A component that does not use the OpenAI SDK can call `RELAY.get().wait()` itself.
+# A component without the OpenAI SDK can call `RELAY.get().wait()` itself. One that does not goes on after Stop.
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
-# Carries a failure to `take`. Without any chunk OpenAIGenerator itself would fail.
+# Comes in place of an exception, which Hayhooks would log with a traceback and all that the upstream said. It has to be
+# a chunk, as OpenAIGenerator itself fails when it gets none.
 FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
 
 
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
-    client, closes the connection, and keeps a failure for `Relay.take`.
-
-    Out of the component it would be logged with its traceback and all that the upstream said, and be a 500.
-    """
+    client, closes the connection, and keeps a failure for `Relay.take`."""
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
     # OpenAIGenerator only iterates over what it gets, so all of this happens in its loop.
