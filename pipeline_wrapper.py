@@ -288,7 +288,7 @@ class Relay:
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
-        RELAY.set(self)  # the pipeline starts when it is asked for the first chunk, and its thread has a copy of this
+        RELAY.set(self)  # the pipeline starts when the first chunk is asked for; its thread has a copy of the context
         async with aclosing(chunks):
             try:
                 async for chunk in chunks:
