@@ -1,23 +1,19 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-A chunk's way from the upstream to the client:
+AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator reads the upstream's
+chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the event loop, which sends
+it to the client. Only then does the thread read the next one.
 
-1. AsyncPipeline runs a component without `run_async` in a thread of the event loop's executor.
-2. There OpenAIGenerator iterates over the chunks of `watched_create`, and calls its `streaming_callback` with each.
-3. This callback is Hayhooks' own. It puts the chunk into a queue of the event loop, from where `Relay.take` yields it
-   to `stream_completion`, and this yields it to Hayhooks, which writes it to the client.
-4. The thread waits all the while. It reads the next chunk when `take` is asked for it.
+When a client leaves in the middle of a stream, the event loop tells the thread. The thread leaves its loop, as if the
+answer were complete, and closes the connection to the upstream. If the thread is waiting for the upstream, it does so
+with the next chunk or with the timeout. (A client that leaves before the first chunk, or that wants no stream, is not
+noticed: Hayhooks does not tell.)
 
-A client leaves in the middle of a stream: `take` is closed or cancelled, and `watched_create` ends, at once if it waits
-for the client, else with the next chunk. This closes the upstream's connection; OpenAIGenerator takes it for the end of
-the answer. An upstream that is silent ends with the timeout. (Before the first chunk, and without a stream, Hayhooks
-does not tell that a client left.)
+When the upstream fails, the thread keeps the failure, and sends an empty chunk in its place. When this chunk arrives,
+the event loop raises the failure.
 
-The upstream fails: `watched_create` keeps the failure in the `Relay`, and yields an empty chunk. When this arrives,
-`take` raises the failure.
-
-`PipelineWrapper` is the example, `for_every_caller` gives its chunks the form that each caller expects. What they need
-in production follows: the settings, the request, the thread and its client, the answer.
+`PipelineWrapper` is the example, and `for_every_caller` gives its chunks the form that each caller expects. What these
+two need in production follows: the settings, the request, the thread and its client, the answer.
 """
 
 import asyncio
@@ -65,12 +61,12 @@ def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk
     ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
         provide_threads(asyncio.get_running_loop())
         chunks = Relay().take(await chat(self, model, messages, body))
-        if "stream" not in body:  # from Hayhooks' A2A server, `run_api_async` or your own code
+        # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
+        if "stream" not in body:
             return chunks
-        # The others come from /v1/chat/completions.
         if not body["stream"]:
             return await collect_completion(chunks, model)
-        # The response begins when this returns. Before the first chunk a wrong key can still have a status.
+        # The response begins when this method returns. A failure before the first chunk can still be its status.
         first = await anext(chunks, None)
         return stream_completion(first, chunks, model)
 
@@ -90,13 +86,13 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, and each failure of the upstream is a 500.
+        # Without it the upstream goes on when a client has left, and a wrong key or a rate limit is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # Without it all streams stand still while the garbage collector goes through the objects of every library.
+        # Without it the garbage collector goes through the objects of all libraries, and every stream stands still.
         gc.freeze()
 
     @for_every_caller
@@ -114,9 +110,9 @@ class PipelineWrapper(BasePipelineWrapper):
             },
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
-            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. With a
-            # component that has one, delete this line, `provide_threads` and `watch_upstream`, with what only they use.
-            # What they did, Stop among it, is then up to the component, and each of its failures a 500.
+            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. Once the
+            # component has one, delete this line, the part "The thread and its client" below, and the three uses of
+            # that part above. Clients that leave, and failures, are then up to the component and to Hayhooks.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -228,8 +224,7 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     # All streams wait while Haystack copies them, item by item, on the event loop.
     if sum(check_json(value, field) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream, which always streams, is asked for usage: always for a whole answer, where clients expect it, for a
-    # stream on request.
+    # The upstream always streams. A whole answer has to have usage, and a stream only when the client asked for it.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -237,8 +232,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_json(value: Any, field: str) -> int:
-    """Return how many bytes a value takes as JSON; raises HTTPException for NaN or half a surrogate pair, say. Later,
-    on its way to the upstream, it would raise too, and look as if the upstream had failed."""
+    """Return how many bytes a value takes as JSON; raises HTTPException for what JSON cannot carry, such as NaN or half
+    a surrogate pair. The SDK would raise an exception for it, too, as if the upstream had failed."""
     try:
         return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):
@@ -270,8 +265,8 @@ PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more
 class Relay:
     """What the thread of an answer and the event loop, which serves its client, tell each other.
 
-    Without it a user who pressed Stop is billed for the whole answer. And threads that read ahead of their clients keep
-    the event loop from sending other clients their first chunk.
+    Without it a user who pressed Stop is billed for the whole answer. And threads that read ahead of their clients take
+    the time in which the event loop could send other clients their first chunk.
     """
 
     def __init__(self) -> None:
@@ -288,7 +283,7 @@ class Relay:
 
     async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
         """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
-        RELAY.set(self)  # the pipeline starts when the first chunk is asked for; its thread has a copy of the context
+        RELAY.set(self)
         async with aclosing(chunks):
             try:
                 async for chunk in chunks:
@@ -305,20 +300,24 @@ class Relay:
                 self.taken.release()
 
 
-# A component without the OpenAI SDK can call `RELAY.get().wait()` itself. One that does not goes on after Stop.
+# How the thread finds its Relay: `take` sets it before it asks Hayhooks for the first chunk. Only then does the
+# pipeline start, and AsyncPipeline runs the thread in a copy of the context.
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
-# Comes in place of an exception, which Hayhooks would log with a traceback and all that the upstream said. It has to be
-# a chunk, as OpenAIGenerator itself fails when it gets none.
+# An exception in the thread would be logged by Hayhooks, with a traceback and all that the upstream said. So this chunk
+# is sent instead. Without any chunk OpenAIGenerator would raise an exception of its own.
 FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
 
 
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
-    client, closes the connection, and keeps a failure for `Relay.take`."""
+    client, closes the connection, and keeps a failure for `Relay.take`.
+
+    A component without the OpenAI SDK needs the same in its own loop: `RELAY.get().wait()` after each chunk.
+    """
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
-    # OpenAIGenerator only iterates over what it gets, so all of this happens in its loop.
+    # A generator does nothing until it is asked for its first chunk: all of this happens in OpenAIGenerator's loop.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, request_id, finished = RELAY.get(), None, False
         if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
@@ -326,7 +325,7 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
             yield FAILED
             return
         try:
-            # What `create` itself would do, but for `object`: JSON data, for `read_chunk`.
+            # `create` itself would do the same, but make chunks where this gets JSON data, for `read_chunk`.
             stream = llm.client.post(
                 "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
             )
@@ -383,11 +382,12 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
     cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
     while cause.__cause__:
         cause = cause.__cause__
-    status, message = None, safe(cause)
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
         status, request_id = error.status_code, error.request_id
         message = safe(body.get("message") or error.response.text or error)
+    else:
+        status, message = None, safe(cause)
     facts = (status, safe(request_id), type(cause).__name__, message)
     log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
