@@ -5,9 +5,9 @@ chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries th
 it to the client. Only then does the thread read the next one.
 
 When a client leaves in the middle of a stream, the event loop tells the thread. The thread leaves its loop, as if the
-answer were complete, and closes the connection to the upstream. If the thread is waiting for the upstream, it does so
-with the next chunk or with the timeout. (A client that leaves before the first chunk, or that wants no stream, is not
-noticed: Hayhooks does not tell.)
+answer were complete, and closes the connection to the upstream. A thread that is just waiting for the upstream does so
+with the next chunk, or fails after OPENAI_TIMEOUT. (A client that leaves before the first chunk is noticed with this
+chunk, and one that wants no stream not at all: Hayhooks does not tell.)
 
 When the upstream fails, the thread keeps the failure, and sends an empty chunk in its place. When this chunk arrives,
 the event loop raises the failure.
@@ -111,8 +111,9 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. Once the
-            # component has one, delete this line, the part "The thread and its client" below, and the three uses of
-            # that part above. Clients that leave, and failures, are then up to the component and to Hayhooks.
+            # component has one, delete this line, the part "The thread and its client" below, and what uses it above:
+            # `provide_threads(…)`, `Relay().take(…)` around the chunks, and `watch_upstream(…)`. Clients that leave and
+            # failures are then up to the component and to Hayhooks.
             allow_sync_streaming_callbacks=True,
         )
 
@@ -120,6 +121,9 @@ class PipelineWrapper(BasePipelineWrapper):
         """Answer one question with a language model."""
         chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
         return "".join([chunk.content async for chunk in chunks])
+
+
+# The settings
 
 
 class Settings(BaseSettings):
@@ -214,7 +218,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. A field that is not in PARAMETERS is dropped."""
+    """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
     if body.get("n") not in (None, 1):
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -265,8 +269,8 @@ PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more
 class Relay:
     """What the thread of an answer and the event loop, which serves its client, tell each other.
 
-    Without it a user who pressed Stop is billed for the whole answer. And threads that read ahead of their clients take
-    the time in which the event loop could send other clients their first chunk.
+    Without it the upstream goes on after Stop, and somebody pays for an answer that nobody reads. And threads that read
+    ahead of their clients take the time in which the event loop could send other clients their first chunk.
     """
 
     def __init__(self) -> None:
@@ -304,8 +308,8 @@ class Relay:
 # pipeline start, and AsyncPipeline runs the thread in a copy of the context.
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
-# An exception in the thread would be logged by Hayhooks, with a traceback and all that the upstream said. So this chunk
-# is sent instead. Without any chunk OpenAIGenerator would raise an exception of its own.
+# Comes last when the answer failed, so that `take` looks at the failure. An exception in its place would be logged by
+# Hayhooks, with a traceback and all that the upstream said.
 FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
 
 
@@ -313,7 +317,7 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
     client, closes the connection, and keeps a failure for `Relay.take`.
 
-    A component without the OpenAI SDK needs the same in its own loop: `RELAY.get().wait()` after each chunk.
+    A component without the OpenAI SDK can do the same in its own loop. `if not RELAY.get().wait(): break` is the first.
     """
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
@@ -427,7 +431,8 @@ async def stream_completion(
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                yield ChatCompletion(**head, choices=[delta(chunk.content)])
+                if chunk.content or not finish_reason:  # the finish_reason goes out last
+                    yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
