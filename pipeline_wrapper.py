@@ -317,7 +317,7 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
     client, closes the connection, and keeps a failure for `Relay.take`.
 
-    A component without the OpenAI SDK can do the same in its own loop. `if not RELAY.get().wait(): break` is the first.
+    In the loop of a component without the OpenAI SDK, `if not RELAY.get().wait(): break` does a part of this.
     """
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
