@@ -92,7 +92,7 @@ class PipelineWrapper(BasePipelineWrapper):
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # Without it the garbage collector goes through the objects of all libraries, and every stream stands still.
+        # Without it the garbage collector goes through the objects of all libraries, and all streams wait for it.
         gc.freeze()
 
     @for_every_caller
@@ -161,7 +161,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
     Without the history a chat has no memory. Where that is wanted, return "" for it.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads them
+    if len(messages) > 2000:  # all streams wait while the event loop reads them; a long text costs little
         bad_request("messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
