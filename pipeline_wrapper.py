@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from threading import Semaphore
 from typing import Annotated, Any, NoReturn
@@ -219,7 +219,7 @@ PARAMETERS = [
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
-    if body.get("n") not in (None, 1):
+    if body.get("n") not in (None, 1) or body.get("n") is True:
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
         if body.get(field):
@@ -356,21 +356,22 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     completions.create = watched_create
 
 
-def read_chunk(data: object) -> ChatCompletionChunk:
-    """Return a chunk, made from its JSON data; raises an exception for what OpenAIGenerator cannot read.
+def read_chunk(data: Any) -> ChatCompletionChunk:
+    """Return a chunk with text, finish_reason and usage from its JSON data; raises an exception if the text is none.
 
-    The SDK itself takes several times as long to make one, and while the threads compute, the event loop cannot.
+    With all else that the upstream sent, OpenAIGenerator could fail in its loop, at an odd tool call for one, and the
+    connection would stay open. And the SDK itself takes several times as long to make a chunk.
     """
-    text = encodable(json.dumps(data, ensure_ascii=False))
-    try:
-        return ChatCompletionChunk.model_validate_json(text)
-    except ValidationError:  # from an upstream that differs from OpenAI in a field: the SDK takes it as it is
-        chunk = ChatCompletionChunk.construct(**json.loads(text))
-    for choice in chunk.choices:
-        if not isinstance(choice.delta.content, str | None):
-            raise TypeError("the content of a chunk is not text")
-    if not isinstance(chunk.usage, CompletionUsage):
-        chunk.usage = None
+    head = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": str(data.get("model"))}
+    texts = [encodable((choice.get("delta") or {}).get("content") or "") for choice in data["choices"][:1]]
+    chunk: Any = ChatCompletionChunk.model_validate(
+        {**head, "choices": [{"index": 0, "delta": {"content": text}} for text in texts]}
+    )
+    if texts and (finish_reason := data["choices"][0].get("finish_reason")):
+        chunk.choices[0].finish_reason = encodable(str(finish_reason))  # also one that the SDK does not know
+    if usage := data.get("usage"):
+        with suppress(ValidationError):  # some upstreams send something else in its place
+            chunk.usage = CompletionUsage.model_validate_json(encodable(json.dumps(usage, ensure_ascii=False)))
     return chunk
 
 
@@ -387,9 +388,12 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
     while cause.__cause__:
         cause = cause.__cause__
     if isinstance(error, openai.APIStatusError):
-        body = error.body if isinstance(error.body, dict) else {}
         status, request_id = error.status_code, error.request_id
-        message = safe(body.get("message") or error.response.text or error)
+        match error.body:
+            case {"message": str(told)} | {"detail": str(told)} | str(told):
+                message = safe(told or error)
+            case _:
+                message = safe(error.response.text or error)
     else:
         status, message = None, safe(cause)
     facts = (status, safe(request_id), type(cause).__name__, message)
@@ -437,7 +441,7 @@ async def stream_completion(
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
         return
-    yield ChatCompletion(**head, choices=[delta("", str(finish_reason or "stop"))])
+    yield ChatCompletion(**head, choices=[delta("", finish_reason or "stop")])
     if usage:
         yield ChatCompletion(**head, choices=[], usage=usage)
 
@@ -454,7 +458,7 @@ async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str)
         finish_reason = chunk.meta.get("finish_reason") or finish_reason
         usage = chunk.meta.get("usage") or usage
     message = Message(role="assistant", content=text)
-    choice = Choice(index=0, message=message, finish_reason=str(finish_reason or "stop"))
+    choice = Choice(index=0, message=message, finish_reason=finish_reason or "stop")
     return ChatCompletion(**new_head("chat.completion", model), choices=[choice], usage=usage)
 
 

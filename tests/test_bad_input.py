@@ -84,7 +84,7 @@ def test_bad_messages(sentence: str, messages: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("sentence", "body"),
     [
-        *(("n must be 1", {"n": n}) for n in (2, 0, "1", -1, 1.5, [1])),
+        *(("n must be 1", {"n": n}) for n in (2, 0, "1", -1, 1.5, [1], True)),
         ("tools must be empty", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("functions must be empty", {"functions": [{"name": "f"}]}),
         *(("temperature must be valid JSON", {"temperature": value}) for value in (math.nan, math.inf, -math.inf)),

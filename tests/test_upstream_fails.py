@@ -42,10 +42,16 @@ def test_what_the_caller_can_mend_is_passed_on(chat: Chat, upstream: Upstream, s
     assert TOLD in last_failure(chat.server)
 
 
-@pytest.mark.parametrize("error", [{"error": TOLD}, {"message": TOLD}, {"detail": TOLD}, [TOLD], TOLD])
+@pytest.mark.parametrize("error", [{"error": TOLD}, {"message": TOLD}, {"detail": TOLD}, TOLD])
 def test_the_message_is_found_in_other_forms_too(chat: Chat, upstream: Upstream, error: Any) -> None:
     upstream.reply = failing(400, error)
-    assert TOLD in chat.post().json()["detail"]
+    assert chat.post().json()["detail"] == TOLD
+
+
+@pytest.mark.parametrize("error", [[TOLD], {"error": {"message": {"text": TOLD}}}])
+def test_a_body_without_a_message_is_passed_on_whole(chat: Chat, upstream: Upstream, error: Any) -> None:
+    upstream.reply = failing(400, error)
+    assert json.loads(chat.post().json()["detail"]) == error
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -277,11 +283,12 @@ def test_content_that_is_no_text_is_a_failure(chat: Chat, upstream: Upstream, co
     [
         (Reply(finish_reason="st\ud800"), "st\ufffd"),
         (Reply(finish_reason=5), "5"),
+        (Reply(finish_reason=["stop"]), "['stop']"),
         (Reply(usage="odd", usage_unasked=True), "stop"),
         (Reply(usage=[1], usage_unasked=True), "stop"),
         (Reply(usage={"total_tokens": 1, "note": "\udfff"}, usage_unasked=True), "stop"),
     ],
-    ids=["half a pair", "number", "usage text", "usage list", "usage half a pair"],
+    ids=["half a pair", "number", "list", "usage text", "usage list", "usage half a pair"],
 )
 def test_an_odd_finish_reason_or_usage_does_not_cut_the_answer(
     chat: Chat, upstream: Upstream, reply: Reply, reason: str, stream: bool
@@ -295,6 +302,28 @@ def test_an_odd_finish_reason_or_usage_does_not_cut_the_answer(
     else:
         [choice] = chat.post().json()["choices"]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello, world!", reason)
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": f"{{ {KEY}\n forged line"}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "calls",
+    [[CALL], [{"index": 0, **CALL}], "text", [None], 5],
+    ids=["no index", "no JSON", "text", "null", "number"],
+)
+def test_an_odd_tool_call_is_left_out(small: Chat, upstream: Upstream, calls: Any, stream: bool) -> None:
+    before = len(small.server.log)
+    upstream.reply = Reply(besides={"tool_calls": calls}, finish_reason="tool_calls")
+    for _ in range(9):  # one more than there are places
+        answer = small.post(stream=stream)
+        assert answer.status_code == 200
+        assert "world" in answer.text
+        assert '"error":{' not in answer.text
+    logged = small.server.log[before:]
+    assert KEY not in logged
+    assert "forged line" not in logged
 
 
 def test_half_a_surrogate_pair_in_a_message_is_replaced(chat: Chat, upstream: Upstream) -> None:

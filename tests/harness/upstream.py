@@ -27,6 +27,7 @@ class Reply:
     """
 
     tokens: Sequence[Any] = ("Hello", ", ", "world", "!")
+    besides: dict[str, Any] = field(default_factory=dict)  # what else each token's delta holds
     role: bool = True
     thoughts: int = 0
     pace: float = 0.0
@@ -164,7 +165,9 @@ class Upstream:
         if reply.role:
             await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
         begin = self.loop.time()
-        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [{"content": token} for token in reply.tokens]
+        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [
+            {"content": token, **reply.besides} for token in reply.tokens
+        ]
         for number, delta in enumerate(deltas, start=1):
             if reply.gated:
                 await self.is_released(number)
