@@ -236,7 +236,7 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_json(value: Any, field: str) -> int:
-    """Return how many bytes a value takes as JSON; raises HTTPException for what JSON cannot carry, such as NaN or half
+    """Return how many bytes a value takes as JSON; raises HTTPException for what cannot be sent on, such as NaN or half
     a surrogate pair. The SDK would raise an exception for it, too, as if the upstream had failed."""
     try:
         return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
@@ -317,7 +317,8 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
     client, closes the connection, and keeps a failure for `Relay.take`.
 
-    In the loop of a component without the OpenAI SDK, `if not RELAY.get().wait(): break` does a part of this.
+    A component without the OpenAI SDK can do the same: leave its loop when `RELAY.get().wait()` is False, and after a
+    failure set `RELAY.get().failure` and send an empty chunk.
     """
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
@@ -357,10 +358,10 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
 
 def read_chunk(data: Any) -> ChatCompletionChunk:
-    """Return a chunk with text, finish_reason and usage from its JSON data; raises an exception if the text is none.
+    """Return a chunk with text, finish_reason and usage from its JSON data; raises an exception if its text is no text.
 
-    With all else that the upstream sent, OpenAIGenerator could fail in its loop, at an odd tool call for one, and the
-    connection would stay open. And the SDK itself takes several times as long to make a chunk.
+    All else that the upstream sent is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and
+    the connection would stay open. The SDK itself takes several times as long to make a chunk.
     """
     head = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": str(data.get("model"))}
     texts = [encodable((choice.get("delta") or {}).get("content") or "") for choice in data["choices"][:1]]
