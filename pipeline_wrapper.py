@@ -372,7 +372,7 @@ def read_chunk(data: Any) -> ChatCompletionChunk:
         chunk.choices[0].finish_reason = encodable(str(finish_reason))  # also one that the SDK does not know
     if usage := data.get("usage"):
         with suppress(ValidationError):  # some upstreams send something else in its place
-            chunk.usage = CompletionUsage.model_validate_json(encodable(json.dumps(usage, ensure_ascii=False)))
+            chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
 
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
 from harness.serving import KEY, NAME, WRAPPER, Server, deployed
-from harness.upstream import Reply, Upstream
+from harness.upstream import USAGE, Reply, Upstream
 
 from pipeline_wrapper import encodable
 
@@ -286,7 +286,7 @@ def test_content_that_is_no_text_is_a_failure(chat: Chat, upstream: Upstream, co
         (Reply(finish_reason=["stop"]), "['stop']"),
         (Reply(usage="odd", usage_unasked=True), "stop"),
         (Reply(usage=[1], usage_unasked=True), "stop"),
-        (Reply(usage={"total_tokens": 1, "note": "\udfff"}, usage_unasked=True), "stop"),
+        (Reply(usage={**USAGE, "note": "\udfff"}, usage_unasked=True), "stop"),
     ],
     ids=["half a pair", "number", "list", "usage text", "usage list", "usage half a pair"],
 )
