@@ -309,7 +309,7 @@ class Relay:
 RELAY: ContextVar[Relay] = ContextVar("RELAY")
 
 # Comes last when the answer failed, so that `take` looks at the failure. An exception in its place would be logged by
-# Hayhooks, with a traceback and all that the upstream said.
+# Hayhooks, with all that the upstream said.
 FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
 
 
