@@ -338,10 +338,8 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
             # An abandoned connection stays open until the garbage collector comes by, and the upstream goes on.
             with stream:
                 for data in stream:
-                    chunk = read_chunk(data)
+                    chunk = read_chunk(data, "stream_options" in request)
                     finished = finished or any(choice.finish_reason for choice in chunk.choices)
-                    if "stream_options" not in request:  # some upstreams send usage unasked
-                        chunk.usage = None
                     yield chunk
                     if not relay.wait():
                         return
@@ -357,7 +355,7 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     completions.create = watched_create
 
 
-def read_chunk(data: Any) -> ChatCompletionChunk:
+def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     """Return a chunk with text, finish_reason and usage from its JSON data; raises an exception if its text is no text.
 
     All else that the upstream sent is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and
@@ -370,7 +368,7 @@ def read_chunk(data: Any) -> ChatCompletionChunk:
     )
     if texts and (finish_reason := data["choices"][0].get("finish_reason")):
         chunk.choices[0].finish_reason = encodable(str(finish_reason))  # also one that the SDK does not know
-    if usage := data.get("usage"):
+    if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
         with suppress(ValidationError):  # some upstreams send something else in its place
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
