@@ -1,19 +1,16 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator reads the upstream's
-chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the event loop, which sends
-it to the client. Only then does the thread read the next one.
+The class `PipelineWrapper` is the example. What it needs in production stands below it, in the order in which data
+flows: the settings, the request, the thread and its client, the answer.
 
-When a client leaves in the middle of a stream, the event loop tells the thread. The thread leaves its loop, as if the
-answer were complete, and closes the connection to the upstream. A thread that is just waiting for the upstream does so
-with the next chunk, or fails after OPENAI_TIMEOUT. (A client that leaves before the first chunk is noticed with this
-chunk, and one that wants no stream not at all: Hayhooks does not tell.)
+The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator
+reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the
+event loop, which sends it to the client. This file makes the thread wait until the client has taken the chunk.
 
-When the upstream fails, the thread keeps the failure, and sends an empty chunk in its place. When this chunk arrives,
-the event loop raises the failure.
+When the client leaves, the event loop tells the thread. The thread finds this out after its next chunk at the latest,
+ends OpenAIGenerator's loop, and closes the connection to the upstream.
 
-`PipelineWrapper` is the example, and `for_every_caller` gives its chunks the form that each caller expects. What these
-two need in production follows: the settings, the request, the thread and its client, the answer.
+When the answer fails, the thread keeps the reason, and sends an empty chunk, so that the event loop looks for it.
 """
 
 import asyncio
@@ -27,6 +24,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
+from queue import Empty, SimpleQueue
 from threading import Semaphore
 from typing import Annotated, Any, NoReturn
 
@@ -35,7 +33,7 @@ from fastapi import HTTPException
 from fastapi_openai_compat import ChatCompletion, Choice, Message
 from hayhooks import BasePipelineWrapper, async_streaming_generator, log
 from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletionChunk
+from openai.types.chat import ChatCompletionChunk, chat_completion_chunk
 from pydantic import AfterValidator, Field, HttpUrl, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -48,29 +46,20 @@ try:
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-# A single question is the whole prompt, as it is; earlier turns stand before it.
+# A single question is the whole prompt, as it is. After earlier turns it is labelled as they are.
 PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Make a chat method, which returns chunks, return what its caller expects."""
+    """Decorate a method that returns chunks: `in_step`, below, leads them from the thread to the client, and
+    `answer_caller` gives them the form that the caller expects."""
 
     @functools.wraps(chat)
-    async def chat_for_every_caller(
-        self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]
-    ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
-        provide_threads(asyncio.get_running_loop())
-        chunks = Relay().take(await chat(self, model, messages, body))
-        # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
-        if "stream" not in body:
-            return chunks
-        if not body["stream"]:
-            return await collect_completion(chunks, model)
-        # The response begins when this method returns. A failure before the first chunk can still be its status.
-        first = await anext(chunks, None)
-        return stream_completion(first, chunks, model)
+    async def decorated(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
+        chunks = await chat(self, model, messages, body)
+        return await answer_caller(in_step(chunks), model, body)
 
-    return chat_for_every_caller
+    return decorated
 
 
 class PipelineWrapper(BasePipelineWrapper):
@@ -86,20 +75,21 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, and a wrong key or a rate limit is a 500.
+        # Without this line the upstream goes on when a client has left, and a wrong key or a rate limit is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # Without it the garbage collector goes through the objects of all libraries, and all streams wait for it.
+        # Without this line the garbage collector goes through the objects of all libraries, and all streams wait.
         gc.freeze()
 
     @for_every_caller
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Return the chunks of an answer, for the decorator; raises HTTPException for bad input."""
+        """Return the chunks of an answer, which the decorator turns into what the caller expects; raises
+        HTTPException for bad input."""
         system_prompt, history, question = read_messages(messages)
         parameters = read_parameters(body)
         return async_streaming_generator(
@@ -108,17 +98,18 @@ class PipelineWrapper(BasePipelineWrapper):
                 "prompt": {"history": history, "question": question},
                 "llm": {"system_prompt": system_prompt, "generation_kwargs": parameters},
             },
-            # Without it HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides which component streams here.
+            # Without this line HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides what streams here.
             streaming_components=["llm"],
-            # Hybrid mode. Without it Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`. Once the
-            # component has one, delete this line, the part "The thread and its client" below, and what uses it above:
-            # `provide_threads(…)`, `Relay().take(…)` around the chunks, and `watch_upstream(…)`. Clients that leave and
-            # failures are then up to the component and to Hayhooks.
+            # Hybrid mode. Without this line Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`.
+            # Once it has one, delete the line, the part "The thread and its client" below with MAX_CONCURRENT_STREAMS,
+            # and where it is used: `watch_upstream(…)`, and `in_step(…)` around the chunks. Clients that leave,
+            # failures and a limit on streams are then up to the component and to Hayhooks.
             allow_sync_streaming_callbacks=True,
         )
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
+        # Without `stream` in the request's body it returns chunks.
         chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
         return "".join([chunk.content async for chunk in chunks])
 
@@ -127,7 +118,7 @@ class PipelineWrapper(BasePipelineWrapper):
 
 
 class Settings(BaseSettings):
-    """Environment variables, with those that Hayhooks reads from `.env`; one that is empty counts as unset."""
+    """Environment variables, to which Hayhooks has added those in `.env`; one that is empty counts as unset."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True)
 
@@ -159,9 +150,9 @@ def read_settings() -> Settings:
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
-    Without the history a chat has no memory. Where that is wanted, return "" for it.
+    Without the history a chat has no memory. For the last message alone, return "" as history.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads them; a long text costs little
+    if len(messages) > 2000:  # all streams wait while the event loop reads them
         bad_request("messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
@@ -180,8 +171,8 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
         bad_request("messages must end with a message from the user.")
-    *earlier, (_, question) = turns
-    history = "\n\n".join(f"{role}: {text}" for role, text in earlier)
+    _, question = turns.pop()
+    history = "\n\n".join(f"{role}: {text}" for role, text in turns)
     return "\n".join(system) or None, history, question
 
 
@@ -219,27 +210,29 @@ PARAMETERS = [
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
-    if body.get("n") not in (None, 1) or body.get("n") is True:
+    if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
         if body.get(field):
             bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
-    # All streams wait while Haystack copies them, item by item, on the event loop.
-    if sum(check_json(value, field) for field, value in parameters.items()) > 64 * 1024:
+    for field, value in parameters.items():
+        check_json(value, field)
+    # All streams wait while Haystack copies the parameters, item by item, on the event loop.
+    if len(json.dumps(parameters, ensure_ascii=False).encode()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream always streams. A whole answer has to have usage, and a stream only when the client asked for it.
+    # The upstream streams every answer. Only a client that wants a stream, too, has to ask for usage.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
     return parameters
 
 
-def check_json(value: Any, field: str) -> int:
-    """Return how many bytes a value takes as JSON; raises HTTPException for what cannot be sent on, such as NaN or half
-    a surrogate pair. The SDK would raise an exception for it, too, as if the upstream had failed."""
+def check_json(value: Any, field: str) -> None:
+    """Raise HTTPException for a value that JSON cannot carry, such as NaN or half a surrogate pair. Otherwise the SDK
+    raises an exception for it, as if the upstream had failed."""
     try:
-        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         bad_request(f"{field} must be valid JSON.")
 
@@ -249,6 +242,56 @@ def bad_request(sentence: str) -> NoReturn:
 
 
 # The thread and its client
+
+
+PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
+
+
+class Relay:
+    """What the event loop and the thread tell each other about one answer."""
+
+    def __init__(self) -> None:
+        # From the event loop: True after each chunk, when the client is ready for the next one, and False at the end.
+        self.ready: SimpleQueue[bool] = SimpleQueue()
+        # Mostly from the thread: why the answer failed.
+        self.failure: HTTPException | None = None
+
+    def wait(self) -> bool:
+        """In the thread, after each chunk: return True when the client is ready for the next one, False when it has
+        left; raises BrokenPipeError after PATIENCE. A component of your own calls `RELAY.get().wait()` in its loop."""
+        try:
+            return self.ready.get(timeout=PATIENCE)
+        except Empty:
+            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
+
+
+RELAY: ContextVar[Relay] = ContextVar("RELAY")  # how a thread finds the relay of its answer
+
+
+async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, and let its thread go on after each; raises HTTPException when the answer failed.
+
+    A thread that does not hear of Stop lets somebody pay for the rest of the answer. Threads that do not wait take the
+    time in which the event loop could send other clients their first chunk.
+    """
+    provide_threads(asyncio.get_running_loop())
+    relay = Relay()
+    # Hayhooks starts the pipeline when this task asks for the first chunk, and AsyncPipeline runs the thread in a copy
+    # of the task's context. So there `RELAY.get()` is this relay.
+    RELAY.set(relay)
+    try:
+        async for chunk in chunks:
+            if relay.failure:
+                break
+            yield chunk
+            relay.ready.put(True)
+    except Exception:  # outside `watched_create`; Hayhooks has logged it, and its text is not for the caller
+        relay.failure = HTTPException(500, "The pipeline failed.")
+    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
+        relay.ready.put(False)
+        await chunks.aclose()
+    if relay.failure:
+        raise relay.failure
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
@@ -263,82 +306,28 @@ def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
-PATIENCE = 60  # seconds; without a limit a client that stays, but reads no more, would hold its thread for good
-
-
-class Relay:
-    """What the thread of an answer and the event loop, which serves its client, tell each other.
-
-    Without it the upstream goes on after Stop, and somebody pays for an answer that nobody reads. And threads that read
-    ahead of their clients take the time in which the event loop could send other clients their first chunk.
-    """
-
-    def __init__(self) -> None:
-        self.taken = Semaphore(0)  # released once for each chunk that the client took, and when it takes no more
-        self.over = False  # the client takes no more
-        self.failure: HTTPException | None = None  # why the answer failed
-
-    def wait(self) -> bool:
-        """In the thread, after each chunk: wait until it is taken, and return whether to read on; raises
-        BrokenPipeError when that takes longer than PATIENCE."""
-        if not self.taken.acquire(timeout=PATIENCE):
-            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds")
-        return not self.over
-
-    async def take(self, chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-        """On the event loop: yield the chunks that come from Hayhooks; raises HTTPException when the answer failed."""
-        RELAY.set(self)
-        async with aclosing(chunks):
-            try:
-                async for chunk in chunks:
-                    if self.failure:
-                        raise self.failure
-                    yield chunk
-                    self.taken.release()
-            except HTTPException:
-                raise
-            except Exception:  # another component's, say: Hayhooks has logged it, and it is not for the caller's eyes
-                raise HTTPException(500, "The pipeline failed.") from None
-            finally:  # the client may have left
-                self.over = True
-                self.taken.release()
-
-
-# How the thread finds its Relay: `take` sets it before it asks Hayhooks for the first chunk. Only then does the
-# pipeline start, and AsyncPipeline runs the thread in a copy of the context.
-RELAY: ContextVar[Relay] = ContextVar("RELAY")
-
-# Comes last when the answer failed, so that `take` looks at the failure. An exception in its place would be logged by
-# Hayhooks, with all that the upstream said.
-FAILED = ChatCompletionChunk(id="", choices=[], created=0, model="", object="chat.completion.chunk")
-
-
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
-    """Replace the SDK's `create`, for this component, by one that is limited in number, reads no further than its
-    client, closes the connection, and keeps a failure for `Relay.take`.
-
-    A component without the OpenAI SDK can do the same: leave its loop when `RELAY.get().wait()` is False, and after a
-    failure set `RELAY.get().failure` and send an empty chunk.
-    """
+    """Replace the SDK's `create`, which OpenAIGenerator calls for its chunks, in this component by `watched_create`."""
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
-    # A generator does nothing until it is asked for its first chunk: all of this happens in OpenAIGenerator's loop.
+    # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, request_id, finished = RELAY.get(), None, False
-        if not places.acquire(blocking=False):  # waiting, it would stand in line behind clients that have long gone
+        # Without a limit threads pile up; with a line to wait in, clients that have gone would be served first.
+        if not places.acquire(blocking=False):
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            yield FAILED
+            yield EMPTY_CHUNK
             return
         try:
-            # `create` itself would do the same, but make chunks where this gets JSON data, for `read_chunk`.
+            # `create` would do the same, `stream=True` is in the request; but here `read_chunk` makes the chunks.
             stream = llm.client.post(
                 "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
             )
             request_id = stream.response.headers.get("x-request-id")
-            # An abandoned connection stays open until the garbage collector comes by, and the upstream goes on.
+            # Without `with` the connection stays open until the garbage collector comes by, and the upstream goes on.
             with stream:
                 for data in stream:
-                    chunk = read_chunk(data, "stream_options" in request)
+                    chunk = read_chunk(data, with_usage="stream_options" in request)
                     finished = finished or any(choice.finish_reason for choice in chunk.choices)
                     yield chunk
                     if not relay.wait():
@@ -347,7 +336,8 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
                 raise EOFError("the answer ended without a finish_reason")
         except Exception as error:
             relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
-            yield FAILED
+            # With this chunk `in_step` finds the failure. Raised here, Hayhooks would log all that the upstream said.
+            yield EMPTY_CHUNK
         finally:
             places.release()
 
@@ -356,28 +346,33 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
 
 def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
-    """Return a chunk with text, finish_reason and usage from its JSON data; raises an exception if its text is no text.
+    """Return a chunk with the text, finish_reason and usage in its JSON data; raises an exception if the data has no
+    `choices`, or something else in place of the text.
 
-    All else that the upstream sent is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and
-    the connection would stay open. The SDK itself takes several times as long to make a chunk.
+    All else is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and the connection would
+    stay open. And the SDK takes several times as long to make a chunk.
     """
-    head = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": str(data.get("model"))}
-    texts = [encodable((choice.get("delta") or {}).get("content") or "") for choice in data["choices"][:1]]
-    chunk: Any = ChatCompletionChunk.model_validate(
-        {**head, "choices": [{"index": 0, "delta": {"content": text}} for text in texts]}
-    )
-    if texts and (finish_reason := data["choices"][0].get("finish_reason")):
-        chunk.choices[0].finish_reason = encodable(str(finish_reason))  # also one that the SDK does not know
+    chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[])
+    for choice in data["choices"][:1]:
+        text = encodable((choice.get("delta") or {}).get("content") or "")
+        only = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
+        if finish_reason := choice.get("finish_reason"):
+            # A copy is not checked: some upstreams have reasons that the SDK does not know.
+            only = only.model_copy(update={"finish_reason": encodable(str(finish_reason))})
+        chunk.choices.append(only)
     if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
-        with suppress(ValidationError):  # some upstreams send something else in its place
+        with suppress(ValidationError):  # some send something else in its place
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
+
+
+EMPTY_CHUNK = read_chunk({"choices": []}, with_usage=False)
 
 
 def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
     """Log why an answer failed, and return what its caller may know.
 
-    In both, the key, which an upstream may quote, is replaced, and each text of the upstream cut to 2000 characters.
+    In log and answer, the key is replaced if the upstream quotes it, and each text is cut to 2000 characters.
     """
 
     def safe(text: object) -> str:
@@ -395,7 +390,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
                 message = safe(error.response.text or error)
     else:
         status, message = None, safe(cause)
-    facts = (status, safe(request_id), type(cause).__name__, message)
+    facts = (status, safe(request_id or ""), type(cause).__name__, message)
     log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
     match error:
@@ -423,6 +418,20 @@ def encodable(text: str) -> str:
 # The answer
 
 
+async def answer_caller(
+    chunks: AsyncGenerator[StreamingChunk], model: str, body: dict[str, Any]
+) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
+    """Return an answer in the form that its caller expects; raises HTTPException if it has failed already."""
+    # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
+    if "stream" not in body:
+        return chunks
+    if not body["stream"]:
+        return await collect_completion(chunks, model)
+    # The response begins when this function returns. A failure before the first chunk can still be its status.
+    first = await anext(chunks, None)
+    return stream_completion(first, chunks, model)
+
+
 async def stream_completion(
     first: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
 ) -> AsyncGenerator[ChatCompletion]:
@@ -434,7 +443,7 @@ async def stream_completion(
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                if chunk.content or not finish_reason:  # the finish_reason goes out last
+                if chunk.content or not finish_reason:  # the last chunks are empty: what they hold goes out below
                     yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:

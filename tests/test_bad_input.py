@@ -90,7 +90,7 @@ def test_bad_messages(sentence: str, messages: list[dict[str, Any]]) -> None:
         *(("temperature must be valid JSON", {"temperature": value}) for value in (math.nan, math.inf, -math.inf)),
         ("stop must be valid JSON", {"stop": "\ud800"}),
         ("response_format must be valid JSON", {"response_format": nested(100_000)}),
-        ("stop must not be more than 64 KiB", {"stop": "x" * 64 * 1024}),
+        ("stop must not be more than 64 KiB", {"stop": "x" * (64 * 1024 - len('{"stop": ""}') + 1)}),
         ("stop, logit_bias must not be", {"stop": ["x"] * 8000, "logit_bias": {str(n): 1 for n in range(5000)}}),
     ],
 )
@@ -103,7 +103,7 @@ def test_bad_parameters(sentence: str, body: dict[str, Any]) -> None:
 
 def test_the_limits_themselves_are_allowed() -> None:
     assert read_messages([USER] * 2000)[1].count("user: Hi") == 1999
-    stop = "x" * (64 * 1024 - 2)  # two quotation marks
+    stop = "x" * (64 * 1024 - len('{"stop": ""}'))
     assert read_parameters({"stop": stop, "stream": True}) == {"stop": stop}
 
 
