@@ -1,16 +1,16 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-The class `PipelineWrapper` is the example. What it needs in production stands below it, in the order in which data
-flows: the settings, the request, the thread and its client, the answer.
+The class `PipelineWrapper` is the example. What else it needs in production stands around it: its callers, the
+settings, the request, the thread and its client, the answer.
 
 The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator
 reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the
-event loop, which sends it to the client. This file makes the thread wait until the client has taken the chunk.
+event loop, where `in_step` passes it on. The thread waits for that before it reads the next one.
 
-When the client leaves, the event loop tells the thread. The thread finds this out after its next chunk at the latest,
-ends OpenAIGenerator's loop, and closes the connection to the upstream.
+When the client of a stream leaves, `in_step` tells the thread. With its next chunk, or when OPENAI_TIMEOUT ends the
+wait for one, the thread closes the connection to the upstream and ends OpenAIGenerator's loop.
 
-When the answer fails, the thread keeps the reason, and sends an empty chunk, so that the event loop looks for it.
+When the upstream fails, the thread keeps the failure, and sends an empty chunk, at which `in_step` raises the failure.
 """
 
 import asyncio
@@ -46,12 +46,12 @@ try:
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-# A single question is the whole prompt, as it is. After earlier turns it is labelled as they are.
+# A single question is sent unchanged. After earlier turns it is labelled `user:`, as each of them has its role.
 PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
-    """Decorate a method that returns chunks: `in_step`, below, leads them from the thread to the client, and
+    """Decorate a method that returns chunks. `in_step`, below, keeps their thread and their client in step, and
     `answer_caller` gives them the form that the caller expects."""
 
     @functools.wraps(chat)
@@ -75,13 +75,14 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without this line the upstream goes on when a client has left, and a wrong key or a rate limit is a 500.
+        # Without it the upstream goes on when a client has left, streams have no limit, and every failure is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # Without this line the garbage collector goes through the objects of all libraries, and all streams wait.
+        # For the whole process. Without this line all streams wait while the garbage collector goes through the objects
+        # of all libraries.
         gc.freeze()
 
     @for_every_caller
@@ -89,7 +90,7 @@ class PipelineWrapper(BasePipelineWrapper):
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
         """Return the chunks of an answer, which the decorator turns into what the caller expects; raises
-        HTTPException for bad input."""
+        HTTPException."""
         system_prompt, history, question = read_messages(messages)
         parameters = read_parameters(body)
         return async_streaming_generator(
@@ -101,15 +102,12 @@ class PipelineWrapper(BasePipelineWrapper):
             # Without this line HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides what streams here.
             streaming_components=["llm"],
             # Hybrid mode. Without this line Hayhooks raises a ValueError, since OpenAIGenerator has no `run_async`.
-            # Once it has one, delete the line, the part "The thread and its client" below with MAX_CONCURRENT_STREAMS,
-            # and where it is used: `watch_upstream(…)`, and `in_step(…)` around the chunks. Clients that leave,
-            # failures and a limit on streams are then up to the component and to Hayhooks.
             allow_sync_streaming_callbacks=True,
         )
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
-        # Without `stream` in the request's body it returns chunks.
+        # With no `stream` in the body the decorator returns the chunks.
         chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
         return "".join([chunk.content async for chunk in chunks])
 
@@ -124,9 +122,9 @@ class Settings(BaseSettings):
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1, description="the name of a model")
-    # The pattern is checked first: HttpUrl alone would read http:///v1 as a host called v1.
-    OPENAI_BASE_URL: Annotated[str, AfterValidator(lambda url: str(HttpUrl(url)))] = Field(
-        "https://api.openai.com/v1", pattern="^https?://[^/]", description="a URL with http:// or https:// and a host"
+    # Without the pattern HttpUrl would read http:///v1 as a host called v1.
+    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://[^/]"), AfterValidator(lambda url: str(HttpUrl(url)))] = (
+        Field("https://api.openai.com/v1", description="a URL with http:// or https:// and a host")
     )
     OPENAI_TIMEOUT: float = Field(30, ge=0.1, le=3600, description="a number of seconds from 0.1 to 3600")
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
@@ -135,13 +133,13 @@ class Settings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """Return the settings; raises ValueError, without the value, as that can be a mistyped key."""
+    """Return the settings; raises ValueError, which does not quote what is set, as that can be a mistyped key."""
     try:
         return Settings()
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
-        value = Settings.model_fields[name].description
-        raise ValueError(f"{name} must be {value}, set where `hayhooks run` starts or in the .env there.") from None
+        expected = Settings.model_fields[name].description
+        raise ValueError(f"{name} must be {expected}, set where `hayhooks run` starts or in the .env there.") from None
 
 
 # The request
@@ -150,9 +148,9 @@ def read_settings() -> Settings:
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
-    Without the history a chat has no memory. For the last message alone, return "" as history.
+    Without the history a chat has no memory. To send the last message alone, let this function return "" as history.
     """
-    if len(messages) > 2000:  # all streams wait while the event loop reads them
+    if len(messages) > 2000:  # all streams wait while the event loop goes through them
         bad_request("messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
@@ -171,7 +169,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
         bad_request("messages must end with a message from the user.")
-    _, question = turns.pop()
+    _, question = turns.pop()  # the last message is the last turn, as it is the user's
     history = "\n\n".join(f"{role}: {text}" for role, text in turns)
     return "\n".join(system) or None, history, question
 
@@ -209,7 +207,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. Fields that are not in PARAMETERS are dropped."""
     if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
         bad_request("n must be 1.")
     for field in ("tools", "functions"):
@@ -221,7 +219,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     # All streams wait while Haystack copies the parameters, item by item, on the event loop.
     if len(json.dumps(parameters, ensure_ascii=False).encode()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream streams every answer. Only a client that wants a stream, too, has to ask for usage.
+    # The upstream streams every answer, and sends usage only when asked. A whole answer has to have it, a stream only
+    # when its client asks.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -229,8 +228,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_json(value: Any, field: str) -> None:
-    """Raise HTTPException for a value that JSON cannot carry, such as NaN or half a surrogate pair. Otherwise the SDK
-    raises an exception for it, as if the upstream had failed."""
+    """Raise HTTPException for a value that cannot be sent as JSON in UTF-8, such as NaN or half a surrogate pair.
+    Without it the SDK would raise an exception, as if the upstream had failed."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
@@ -242,56 +241,15 @@ def bad_request(sentence: str) -> NoReturn:
 
 
 # The thread and its client
-
-
-PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
-
-
-class Relay:
-    """What the event loop and the thread tell each other about one answer."""
-
-    def __init__(self) -> None:
-        # From the event loop: True after each chunk, when the client is ready for the next one, and False at the end.
-        self.ready: SimpleQueue[bool] = SimpleQueue()
-        # Mostly from the thread: why the answer failed.
-        self.failure: HTTPException | None = None
-
-    def wait(self) -> bool:
-        """In the thread, after each chunk: return True when the client is ready for the next one, False when it has
-        left; raises BrokenPipeError after PATIENCE. A component of your own calls `RELAY.get().wait()` in its loop."""
-        try:
-            return self.ready.get(timeout=PATIENCE)
-        except Empty:
-            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
-
-
-RELAY: ContextVar[Relay] = ContextVar("RELAY")  # how a thread finds the relay of its answer
-
-
-async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer, and let its thread go on after each; raises HTTPException when the answer failed.
-
-    A thread that does not hear of Stop lets somebody pay for the rest of the answer. Threads that do not wait take the
-    time in which the event loop could send other clients their first chunk.
-    """
-    provide_threads(asyncio.get_running_loop())
-    relay = Relay()
-    # Hayhooks starts the pipeline when this task asks for the first chunk, and AsyncPipeline runs the thread in a copy
-    # of the task's context. So there `RELAY.get()` is this relay.
-    RELAY.set(relay)
-    try:
-        async for chunk in chunks:
-            if relay.failure:
-                break
-            yield chunk
-            relay.ready.put(True)
-    except Exception:  # outside `watched_create`; Hayhooks has logged it, and its text is not for the caller
-        relay.failure = HTTPException(500, "The pipeline failed.")
-    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
-        relay.ready.put(False)
-        await chunks.aclose()
-    if relay.failure:
-        raise relay.failure
+#
+# Once the component has a `run_async`, delete this part, `allow_sync_streaming_callbacks=True`, `watch_upstream(…)` and
+# MAX_CONCURRENT_STREAMS above, and write `chunks` in place of `in_step(chunks)`. Clients that leave, failures and a
+# limit on streams are then up to the component and to Hayhooks.
+#
+# With a component of your own, in this file, that does not use the OpenAI SDK, delete `watch_upstream(…)` above, and
+# with it the limit on streams. Call `RELAY.get().wait()` in the component's loop after each chunk, and end the loop
+# when it returns False. An exception fails the answer with 500; for another status set `RELAY.get().failure`, and send
+# an empty chunk.
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
@@ -300,26 +258,52 @@ def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     stream would wait.
 
     An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
-    above MAX_CONCURRENT_STREAMS; a thread is made only when none is free. The threads of the executor before it end
-    with their streams.
+    above MAX_CONCURRENT_STREAMS; it makes a thread only when none is free. The executor before it gets no new work, and
+    its threads end when their streams do.
     """
     loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
+PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
+
+
+class Relay:
+    """What `in_step`, on the event loop, and the thread tell each other about one answer."""
+
+    def __init__(self) -> None:
+        # From `in_step`, after each chunk: True to read the next one, False to stop.
+        self.read_on: SimpleQueue[bool] = SimpleQueue()
+        # From the thread: why the answer failed.
+        self.failure: HTTPException | None = None
+
+    def wait(self) -> bool:
+        """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
+        PATIENCE."""
+        try:
+            return self.read_on.get(timeout=PATIENCE)
+        except Empty:
+            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
+
+
+RELAY: ContextVar[Relay] = ContextVar("RELAY")  # how a thread finds the relay of its answer
+
+
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
-    """Replace the SDK's `create`, which OpenAIGenerator calls for its chunks, in this component by `watched_create`."""
+    """In this component, let `watched_create` take the place of the SDK's `create`, from which OpenAIGenerator gets its
+    chunks."""
     places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
 
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay, request_id, finished = RELAY.get(), None, False
-        # Without a limit threads pile up; with a line to wait in, clients that have gone would be served first.
+        # Refuse at once: in a queue, clients that have already left would be served first.
         if not places.acquire(blocking=False):
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
             yield EMPTY_CHUNK
             return
         try:
-            # `create` would do the same, `stream=True` is in the request; but here `read_chunk` makes the chunks.
+            # This sends what `create` would send; `request` holds `stream=True`. But `cast_to=object` returns JSON
+            # data, from which `read_chunk` makes the chunks.
             stream = llm.client.post(
                 "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
             )
@@ -336,7 +320,8 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
                 raise EOFError("the answer ended without a finish_reason")
         except Exception as error:
             relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
-            # With this chunk `in_step` finds the failure. Raised here, Hayhooks would log all that the upstream said.
+            # At this chunk `in_step` looks for the failure. If it were raised here, Hayhooks would log all that the
+            # upstream said.
             yield EMPTY_CHUNK
         finally:
             places.release()
@@ -345,23 +330,49 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     completions.create = watched_create
 
 
-def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
-    """Return a chunk with the text, finish_reason and usage in its JSON data; raises an exception if the data has no
-    `choices`, or something else in place of the text.
+async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
 
-    All else is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and the connection would
-    stay open. And the SDK takes several times as long to make a chunk.
+    Without it and `watch_upstream`, after a user has pressed Stop, the rest of the answer is paid for, too. And threads
+    that do not wait take so much of the interpreter's time that other clients get their first chunk late.
+    """
+    provide_threads(asyncio.get_running_loop())
+    relay = Relay()
+    # Set before the first chunk is asked for: this starts the pipeline, and AsyncPipeline runs the thread in a copy of
+    # the context as it is then. So in the thread `RELAY.get()` returns this relay.
+    RELAY.set(relay)
+    try:
+        async for chunk in chunks:
+            if relay.failure:
+                break
+            yield chunk
+            relay.read_on.put(True)
+    except Exception:  # not from `watched_create`; Hayhooks has logged it, and its text is not for the caller
+        raise HTTPException(500, "The pipeline failed.") from None
+    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
+        relay.read_on.put(False)
+        await chunks.aclose()
+    if relay.failure:
+        raise relay.failure
+
+
+def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
+    """Make a chunk with text, finish_reason and usage from JSON data of the upstream; raises an exception for data that
+    it cannot read.
+
+    All else is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and its exception would keep
+    the connection open. The SDK's own way from JSON data to a chunk takes several times as long.
     """
     chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[])
     for choice in data["choices"][:1]:
         text = encodable((choice.get("delta") or {}).get("content") or "")
-        only = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
+        first = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
         if finish_reason := choice.get("finish_reason"):
-            # A copy is not checked: some upstreams have reasons that the SDK does not know.
-            only = only.model_copy(update={"finish_reason": encodable(str(finish_reason))})
-        chunk.choices.append(only)
+            # `model_copy` does not check it: some upstreams have reasons that the SDK does not know.
+            first = first.model_copy(update={"finish_reason": encodable(str(finish_reason))})
+        chunk.choices.append(first)
     if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
-        with suppress(ValidationError):  # some send something else in its place
+        with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
 
@@ -372,7 +383,7 @@ EMPTY_CHUNK = read_chunk({"choices": []}, with_usage=False)
 def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
     """Log why an answer failed, and return what its caller may know.
 
-    In log and answer, the key is replaced if the upstream quotes it, and each text is cut to 2000 characters.
+    In log and answer, the key is replaced where the upstream quotes it whole, and each text is cut to 2000 characters.
     """
 
     def safe(text: object) -> str:
@@ -384,8 +395,8 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
     if isinstance(error, openai.APIStatusError):
         status, request_id = error.status_code, error.request_id
         match error.body:
-            case {"message": str(told)} | {"detail": str(told)} | str(told):
-                message = safe(told or error)
+            case {"message": str(text)} | {"detail": str(text)} | str(text):  # OpenAI's form, FastAPI's, or text alone
+                message = safe(text or error)
             case _:
                 message = safe(error.response.text or error)
     else:
@@ -405,7 +416,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
             return HTTPException(502, "The upstream refused the server's credentials.")
         case _ if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
             return HTTPException(504, "The upstream did not answer in time.")
-        case _ if type(error) is openai.APIError:  # not a subclass: an error event within the answer
+        case _ if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
             return HTTPException(502, message)
     return HTTPException(502, "The answer could not be completed.")
 
@@ -421,13 +432,13 @@ def encodable(text: str) -> str:
 async def answer_caller(
     chunks: AsyncGenerator[StreamingChunk], model: str, body: dict[str, Any]
 ) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
-    """Return an answer in the form that its caller expects; raises HTTPException if it has failed already."""
+    """Return an answer in the form that its caller expects; raises HTTPException."""
     # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
     if "stream" not in body:
         return chunks
     if not body["stream"]:
         return await collect_completion(chunks, model)
-    # The response begins when this function returns. A failure before the first chunk can still be its status.
+    # The response begins when this function returns. Until then a failure can still be its status.
     first = await anext(chunks, None)
     return stream_completion(first, chunks, model)
 
@@ -435,7 +446,7 @@ async def answer_caller(
 async def stream_completion(
     first: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
 ) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks. Left to Hayhooks, usage is lost, and an answer that failed ends with "stop"."""
+    """Yield chat completion chunks. If Hayhooks made them, usage would be lost, and a failure end with "stop"."""
     head = new_head("chat.completion.chunk", model)
     chunk, finish_reason, usage = first, None, None
     try:
@@ -443,7 +454,7 @@ async def stream_completion(
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                if chunk.content or not finish_reason:  # the last chunks are empty: what they hold goes out below
+                if chunk.content or not finish_reason:  # it and usage go out last, below
                     yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
@@ -459,7 +470,7 @@ def delta(text: str, finish_reason: str | None = None) -> Choice:
 
 
 async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:
-    """Return one whole chat completion. Left to Hayhooks, every answer is a stream."""
+    """Return one whole chat completion. If Hayhooks made it, it would be a stream."""
     text, finish_reason, usage = "", None, None
     async for chunk in chunks:
         text += chunk.content

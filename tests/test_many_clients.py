@@ -97,10 +97,10 @@ def test_a_place_always_returns(small: Chat, upstream: Upstream, reply: Reply, a
 
 
 def test_a_thread_is_used_again(wrapper: PipelineWrapper) -> None:
-    def threads() -> set[int | None]:
-        return {thread.ident for thread in threading.enumerate() if thread.name.startswith("stream")}
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("stream")}
 
-    async def chats() -> tuple[set[int | None], set[int | None]]:
+    async def chats() -> tuple[set[threading.Thread], set[threading.Thread]]:
         await wrapper.run_api_async("Hi")
         first = threads()
         for _ in range(10):
