@@ -214,10 +214,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
         if body.get(field):
             bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
-    for field, value in parameters.items():
-        check_json(value, field)
     # All streams wait while Haystack copies the parameters, item by item, on the event loop.
-    if len(json.dumps(parameters, ensure_ascii=False).encode()) > 64 * 1024:
+    if sum(check_json({field: value}, field) for field, value in parameters.items()) > 64 * 1024:
         bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
     # The upstream streams every answer, and sends usage only when asked. A whole answer has to have it, a stream only
     # when its client asks.
@@ -227,11 +225,11 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def check_json(value: Any, field: str) -> None:
-    """Raise HTTPException for a value that cannot be sent as JSON in UTF-8, such as NaN or half a surrogate pair.
-    Without it the SDK would raise an exception, as if the upstream had failed."""
+def check_json(value: Any, field: str) -> int:
+    """Return how many bytes a value takes as JSON in UTF-8; raises HTTPException for one that cannot be sent, such as
+    NaN or half a surrogate pair. Without it the SDK would raise an exception, as if the upstream had failed."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):
         bad_request(f"{field} must be valid JSON.")
 
