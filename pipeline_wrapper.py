@@ -355,13 +355,14 @@ async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[Stre
 
 
 def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
-    """Make a chunk with text, finish_reason and usage from JSON data of the upstream; raises an exception for data that
-    it cannot read.
+    """Make a chunk with model, text, finish_reason and usage from JSON data of the upstream; raises an exception for
+    data that it cannot read.
 
     All else is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and its exception would keep
     the connection open. The SDK's own way from JSON data to a chunk takes several times as long.
     """
-    chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[])
+    model = str(data.get("model", ""))
+    chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model=model, choices=[])
     for choice in data["choices"][:1]:
         text = encodable((choice.get("delta") or {}).get("content") or "")
         first = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
