@@ -115,6 +115,10 @@ class PipelineWrapper(BasePipelineWrapper):
 # The settings
 
 
+# Without the pattern HttpUrl would read http:///v1 as a host called v1.
+Url = Annotated[str, Field(pattern="^https?://[^/]"), AfterValidator(lambda url: str(HttpUrl(url)))]
+
+
 class Settings(BaseSettings):
     """Environment variables, to which Hayhooks has added those in `.env`; one that is empty counts as unset."""
 
@@ -122,10 +126,7 @@ class Settings(BaseSettings):
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1, description="the name of a model")
-    # Without the pattern HttpUrl would read http:///v1 as a host called v1.
-    OPENAI_BASE_URL: Annotated[str, Field(pattern="^https?://[^/]"), AfterValidator(lambda url: str(HttpUrl(url)))] = (
-        Field("https://api.openai.com/v1", description="a URL with http:// or https:// and a host")
-    )
+    OPENAI_BASE_URL: Url = Field("https://api.openai.com/v1", description="a URL with http:// or https:// and a host")
     OPENAI_TIMEOUT: float = Field(30, ge=0.1, le=3600, description="a number of seconds from 0.1 to 3600")
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
     # The OpenAI client's pool has 1000 connections; further streams would wait for one.
@@ -273,6 +274,8 @@ class Relay:
         self.read_on: SimpleQueue[bool] = SimpleQueue()
         # From the thread: why the answer failed.
         self.failure: HTTPException | None = None
+        # The upstream's name for its answer, for the log.
+        self.request_id: str | None = None
 
     def wait(self) -> bool:
         """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
@@ -293,31 +296,16 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
-        relay, request_id, finished = RELAY.get(), None, False
+        relay = RELAY.get()
         # Refuse at once: in a queue, clients that have already left would be served first.
         if not places.acquire(blocking=False):
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
             yield EMPTY_CHUNK
             return
         try:
-            # This sends what `create` would send; `request` holds `stream=True`. But `cast_to=object` returns JSON
-            # data, from which `read_chunk` makes the chunks.
-            stream = llm.client.post(
-                "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
-            )
-            request_id = stream.response.headers.get("x-request-id")
-            # Without `with` the connection stays open until the garbage collector comes by, and the upstream goes on.
-            with stream:
-                for data in stream:
-                    chunk = read_chunk(data, with_usage="stream_options" in request)
-                    finished = finished or any(choice.finish_reason for choice in chunk.choices)
-                    yield chunk
-                    if not relay.wait():
-                        return
-            if not finished:
-                raise EOFError("the answer ended without a finish_reason")
+            yield from read_upstream(llm.client, request, relay)
         except Exception as error:
-            relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+            relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
             # At this chunk `in_step` looks for the failure. If it were raised here, Hayhooks would log all that the
             # upstream said.
             yield EMPTY_CHUNK
@@ -326,6 +314,28 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
     completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
     completions.create = watched_create
+
+
+def read_upstream(client: openai.OpenAI, request: dict[str, Any], relay: Relay) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an answer to its end, or until `in_step` says stop; raises an exception when the upstream
+    fails, or breaks off."""
+    # This sends what `create` would send; `request` holds `stream=True`. But `cast_to=object` returns JSON data, from
+    # which `read_chunk` makes the chunks.
+    stream = client.post(
+        "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
+    )
+    relay.request_id = stream.response.headers.get("x-request-id")
+    finished = False
+    # Without `with` the connection stays open until the garbage collector comes by, and the upstream goes on.
+    with stream:
+        for data in stream:
+            chunk = read_chunk(data, with_usage="stream_options" in request)
+            finished = finished or any(choice.finish_reason for choice in chunk.choices)
+            yield chunk
+            if not relay.wait():
+                return
+    if not finished:
+        raise EOFError("the answer ended without a finish_reason")
 
 
 async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
@@ -392,12 +402,7 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
     while cause.__cause__:
         cause = cause.__cause__
     if isinstance(error, openai.APIStatusError):
-        status, request_id = error.status_code, error.request_id
-        match error.body:
-            case {"message": str(text)} | {"detail": str(text)} | str(text):  # OpenAI's form, FastAPI's, or text alone
-                message = safe(text or error)
-            case _:
-                message = safe(error.response.text or error)
+        status, request_id, message = error.status_code, error.request_id, safe(read_error(error))
     else:
         status, message = None, safe(cause)
     facts = (status, safe(request_id or ""), type(cause).__name__, message)
@@ -418,6 +423,14 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
         case _ if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
             return HTTPException(502, message)
     return HTTPException(502, "The answer could not be completed.")
+
+
+def read_error(error: openai.APIStatusError) -> str:
+    """Return the upstream's message from an answer that reports an error."""
+    match error.body:
+        case {"message": str(text)} | {"detail": str(text)} | str(text) if text:  # OpenAI's form, FastAPI's, or text
+            return text
+    return error.response.text or str(error)
 
 
 def encodable(text: str) -> str:
@@ -459,6 +472,7 @@ async def stream_completion(
     except HTTPException as failure:
         yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
         return
+    # "stop" for a component that gives no finish_reason; an answer of OpenAIGenerator without one has failed.
     yield ChatCompletion(**head, choices=[delta("", finish_reason or "stop")])
     if usage:
         yield ChatCompletion(**head, choices=[], usage=usage)
