@@ -7,8 +7,9 @@ The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`
 reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the
 event loop, where `in_step` passes it on. The thread waits for that before it reads the next one.
 
-When the client of a stream leaves, `in_step` tells the thread. With its next chunk, or when OPENAI_TIMEOUT ends the
-wait for one, the thread closes the connection to the upstream and ends OpenAIGenerator's loop.
+When the client of a stream leaves, `in_step` tells the thread. A thread that waits for `in_step` closes the connection
+to the upstream and ends OpenAIGenerator's loop at once. One that waits for the upstream does so with the next chunk, or
+after OPENAI_TIMEOUT.
 
 When the upstream fails, the thread keeps the failure, and sends an empty chunk, at which `in_step` raises the failure.
 """
@@ -26,7 +27,7 @@ from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from threading import Semaphore
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import openai
 from fastapi import HTTPException
@@ -75,7 +76,8 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, streams have no limit, and every failure is a 500.
+        # Without it the upstream goes on when a client has left, MAX_CONCURRENT_STREAMS has no effect, and each failure
+        # of the upstream is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -152,24 +154,24 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
     Without the history a chat has no memory. To send the last message alone, let this function return "" as history.
     """
     if len(messages) > 2000:  # all streams wait while the event loop goes through them
-        bad_request("messages must not be more than 2000.")
+        raise HTTPException(400, "messages must not be more than 2000.")
     check_json(messages, "messages")
     system, turns = [], []
     for index, message in enumerate(messages):
         role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
-            bad_request(f"{field}.role must be system, developer, user or assistant.")
+            raise HTTPException(400, f"{field}.role must be system, developer, user or assistant.")
         if role == "assistant" and content is None:  # only tool calls, no text
             continue
         text = read_text(content, f"{field}.content")
         if role == "user" and not text.strip():
-            bad_request(f"{field}.content must not be blank.")
+            raise HTTPException(400, f"{field}.content must not be blank.")
         if role in ("user", "assistant"):
             turns.append((role, text))
         else:
             system.append(text)
     if not messages or messages[-1]["role"] != "user":
-        bad_request("messages must end with a message from the user.")
+        raise HTTPException(400, "messages must end with a message from the user.")
     _, question = turns.pop()  # the last message is the last turn, as it is the user's
     history = "\n\n".join(f"{role}: {text}" for role, text in turns)
     return "\n".join(system) or None, history, question
@@ -184,9 +186,11 @@ def read_text(content: Any, field: str) -> str:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
             case _:
-                bad_request(f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only.")
+                raise HTTPException(
+                    400, f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only."
+                )
     if not texts:
-        bad_request(f"{field} must have a part.")
+        raise HTTPException(400, f"{field} must have a part.")
     return "".join(texts)
 
 
@@ -208,18 +212,19 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. Fields that are not in PARAMETERS are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
     if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
-        bad_request("n must be 1.")
+        raise HTTPException(400, "n must be 1.")
     for field in ("tools", "functions"):
         if body.get(field):
-            bad_request(f"{field} must be empty: OpenAIGenerator takes text only.")
+            raise HTTPException(400, f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
     # All streams wait while Haystack copies the parameters, item by item, on the event loop.
-    if sum(check_json({field: value}, field) for field, value in parameters.items()) > 64 * 1024:
-        bad_request(f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream streams every answer, and sends usage only when asked. A whole answer has to have it, a stream only
-    # when its client asks.
+    size = sum(check_json({field: value}, field) for field, value in parameters.items())
+    if size > 64 * 1024:
+        raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB.")
+    # The upstream, which streams every answer, need not send usage unless asked. A whole answer has to have it, a
+    # stream only when its client asks.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -232,11 +237,7 @@ def check_json(value: Any, field: str) -> int:
     try:
         return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):
-        bad_request(f"{field} must be valid JSON.")
-
-
-def bad_request(sentence: str) -> NoReturn:
-    raise HTTPException(400, sentence)
+        raise HTTPException(400, f"{field} must be valid JSON.") from None
 
 
 # The thread and its client
@@ -306,11 +307,12 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
             yield from read_upstream(llm.client, request, relay)
         except Exception as error:
             relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
-            # At this chunk `in_step` looks for the failure. If it were raised here, Hayhooks would log all that the
-            # upstream said.
-            yield EMPTY_CHUNK
         finally:
             places.release()
+        # `in_step` raises the failure at this chunk. If it were raised here, Hayhooks would log all that the upstream
+        # said.
+        if relay.failure:
+            yield EMPTY_CHUNK
 
     completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
     completions.create = watched_create
@@ -341,13 +343,13 @@ def read_upstream(client: openai.OpenAI, request: dict[str, Any], relay: Relay) 
 async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
     """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
 
-    Without it and `watch_upstream`, after a user has pressed Stop, the rest of the answer is paid for, too. And threads
-    that do not wait take so much of the interpreter's time that other clients get their first chunk late.
+    Without it, after a user has pressed Stop, the rest of the answer is paid for, too. And threads that do not wait
+    take so much of the interpreter's time that other clients get their first chunk late.
     """
     provide_threads(asyncio.get_running_loop())
     relay = Relay()
-    # Set before the first chunk is asked for: this starts the pipeline, and AsyncPipeline runs the thread in a copy of
-    # the context as it is then. So in the thread `RELAY.get()` returns this relay.
+    # The pipeline starts when the first chunk is asked for, below. AsyncPipeline then runs the thread in a copy of the
+    # context, so `RELAY.get()` in the thread returns this relay.
     RELAY.set(relay)
     try:
         async for chunk in chunks:
@@ -466,7 +468,8 @@ async def stream_completion(
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                if chunk.content or not finish_reason:  # it and usage go out last, below
+                # An empty chunk that brings finish_reason or usage is left out here: both go out last, below.
+                if chunk.content or not finish_reason:
                     yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
     except HTTPException as failure:
