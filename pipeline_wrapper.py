@@ -1,15 +1,14 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-The class `PipelineWrapper` is the example. What else it needs in production stands around it: its callers, the
-settings, the request, the thread and its client, the answer.
+The class `PipelineWrapper` is the example. Below it stands what it needs in production: the settings, the request, the
+thread and its client, the answer.
 
 The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator
 reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the
-event loop, where `in_step` passes it on. The thread waits for that before it reads the next one.
+event loop, where `in_step` passes it on. Then `in_step` lets the thread read the next one.
 
-When the client of a stream leaves, `in_step` tells the thread. A thread that waits for `in_step` closes the connection
-to the upstream and ends OpenAIGenerator's loop at once. One that waits for the upstream does so with the next chunk, or
-after OPENAI_TIMEOUT.
+When the client of a stream leaves, `in_step` tells the thread to stop. If the thread waits for the upstream just then,
+it stops with the next chunk, or after OPENAI_TIMEOUT. It closes the connection, and OpenAIGenerator's loop ends.
 
 When the upstream fails, the thread keeps the failure, and sends an empty chunk, at which `in_step` raises the failure.
 """
@@ -71,13 +70,13 @@ class PipelineWrapper(BasePipelineWrapper):
         settings = read_settings()
         llm = OpenAIGenerator(
             api_key=Secret.from_token(settings.OPENAI_API_KEY),
-            model=settings.OPENAI_MODEL,  # the `model` of a request names this pipeline
+            model=settings.OPENAI_MODEL,  # not the `model` of a request, which names this pipeline
             api_base_url=settings.OPENAI_BASE_URL,
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, MAX_CONCURRENT_STREAMS has no effect, and each failure
-        # of the upstream is a 500.
+        # Without it the upstream goes on when a client has left, MAX_CONCURRENT_STREAMS has no effect, and a failure of
+        # the upstream is no more than "The pipeline failed."
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -110,7 +109,8 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
         # With no `stream` in the body the decorator returns the chunks.
-        chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
+        messages = [{"role": "user", "content": question}]
+        chunks = await self.run_chat_completion_async(model="", messages=messages, body={})
         return "".join([chunk.content async for chunk in chunks])
 
 
@@ -161,7 +161,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
         role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
         if role not in ("system", "developer", "user", "assistant"):
             raise HTTPException(400, f"{field}.role must be system, developer, user or assistant.")
-        if role == "assistant" and content is None:  # only tool calls, no text
+        if role == "assistant" and content is None:  # a turn without text, such as one of tool calls
             continue
         text = read_text(content, f"{field}.content")
         if role == "user" and not text.strip():
@@ -242,14 +242,14 @@ def check_json(value: Any, field: str) -> int:
 
 # The thread and its client
 #
-# Once the component has a `run_async`, delete this part, `allow_sync_streaming_callbacks=True`, `watch_upstream(…)` and
-# MAX_CONCURRENT_STREAMS above, and write `chunks` in place of `in_step(chunks)`. Clients that leave, failures and a
-# limit on streams are then up to the component and to Hayhooks.
+# Once the component has a `run_async`, delete this part, down to `encodable`. Above, delete `watch_upstream(…)`,
+# MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of `in_step(chunks)`.
+# Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
 #
 # With a component of your own, in this file, that does not use the OpenAI SDK, delete `watch_upstream(…)` above, and
 # with it the limit on streams. Call `RELAY.get().wait()` in the component's loop after each chunk, and end the loop
-# when it returns False. An exception fails the answer with 500; for another status set `RELAY.get().failure`, and send
-# an empty chunk.
+# when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a 500, or an
+# error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk.
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
@@ -468,7 +468,7 @@ async def stream_completion(
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or finish_reason
                 usage = chunk.meta.get("usage") or usage
-                # An empty chunk that brings finish_reason or usage is left out here: both go out last, below.
+                # From the finish_reason on, empty chunks are left out: it and usage go out last, below.
                 if chunk.content or not finish_reason:
                     yield ChatCompletion(**head, choices=[delta(chunk.content)])
                 chunk = await anext(others, None)
