@@ -48,7 +48,9 @@ def test_the_message_is_found_in_other_forms_too(chat: Chat, upstream: Upstream,
     assert chat.post().json()["detail"] == TOLD
 
 
-@pytest.mark.parametrize("error", [[TOLD], {"error": {"message": {"text": TOLD}}}])
+@pytest.mark.parametrize(
+    "error", [[TOLD], {"error": {"message": {"text": TOLD}}}, {"error": {"message": "", "code": "unsupported"}}]
+)
 def test_a_body_without_a_message_is_passed_on_whole(chat: Chat, upstream: Upstream, error: Any) -> None:
     upstream.reply = failing(400, error)
     assert json.loads(chat.post().json()["detail"]) == error
