@@ -75,8 +75,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, MAX_CONCURRENT_STREAMS has no effect, and a failure of
-        # the upstream is no more than "The pipeline failed."
+        # Without it the upstream goes on when a client has left, streams have no limit, and failures are all the same.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -108,9 +107,10 @@ class PipelineWrapper(BasePipelineWrapper):
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
+        if not question.strip():
+            raise HTTPException(400, "question must not be blank.")
         # With no `stream` in the body the decorator returns the chunks.
-        messages = [{"role": "user", "content": question}]
-        chunks = await self.run_chat_completion_async(model="", messages=messages, body={})
+        chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
         return "".join([chunk.content async for chunk in chunks])
 
 

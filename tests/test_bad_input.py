@@ -136,6 +136,7 @@ def test_bad_input_is_a_400_and_no_upstream_call(
 def test_a_blank_question_is_a_400(chat: Chat, upstream: Upstream) -> None:
     response = chat.http.post(f"/{NAME}/run", json={"question": " "})
     assert response.status_code == 400
+    assert response.json() == {"detail": "question must not be blank."}
     assert not upstream.received
 
 
