@@ -275,7 +275,7 @@ class Relay:
         self.read_on: SimpleQueue[bool] = SimpleQueue()
         # From the thread: why the answer failed.
         self.failure: HTTPException | None = None
-        # The upstream's name for its answer, for the log.
+        # For the thread alone: the upstream's name for its answer, which the log shows if it fails.
         self.request_id: str | None = None
 
     def wait(self) -> bool:
@@ -298,17 +298,15 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
         relay = RELAY.get()
-        # Refuse at once: in a queue, clients that have already left would be served first.
-        if not places.acquire(blocking=False):
+        if places.acquire(blocking=False):
+            try:
+                yield from read_upstream(llm.client, request, relay)
+            except Exception as error:
+                relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
+            finally:
+                places.release()
+        else:  # refuse at once: in a queue, clients that have already left would be served first
             relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            yield EMPTY_CHUNK
-            return
-        try:
-            yield from read_upstream(llm.client, request, relay)
-        except Exception as error:
-            relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
-        finally:
-            places.release()
         # `in_step` raises the failure at this chunk. If it were raised here, Hayhooks would log all that the upstream
         # said.
         if relay.failure:
