@@ -35,6 +35,7 @@ from hayhooks import BasePipelineWrapper, async_streaming_generator, log
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionChunk, chat_completion_chunk
 from pydantic import AfterValidator, Field, HttpUrl, ValidationError
+from pydantic_core import from_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 try:
@@ -107,10 +108,9 @@ class PipelineWrapper(BasePipelineWrapper):
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
-        if not question.strip():
-            raise HTTPException(400, "question must not be blank.")
+        messages = read_question(question)
         # With no `stream` in the body the decorator returns the chunks.
-        chunks = await self.run_chat_completion_async("", [{"role": "user", "content": question}], {})
+        chunks = await self.run_chat_completion_async("", messages, {})
         return "".join([chunk.content async for chunk in chunks])
 
 
@@ -177,6 +177,14 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
     return "\n".join(system) or None, history, question
 
 
+def read_question(question: str) -> list[dict[str, Any]]:
+    """Return a single question as the messages of a chat; raises HTTPException, which names it as its caller does."""
+    check_json(question, "question")
+    if not question.strip():
+        raise HTTPException(400, "question must not be blank.")
+    return [{"role": "user", "content": question}]
+
+
 def read_text(content: Any, field: str) -> str:
     """Return the text of a message; raises HTTPException. OpenAI's API allows a list of parts, too."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -235,9 +243,11 @@ def check_json(value: Any, field: str) -> int:
     """Return how many bytes a value takes as JSON in UTF-8; raises HTTPException for one that cannot be sent, such as
     NaN or half a surrogate pair. Without it the SDK would raise an exception, as if the upstream had failed."""
     try:
-        return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        from_json(data)  # refuses more than 200 levels; at some 500 Haystack fails, as it copies the parameters
+        return len(data)
     except (ValueError, RecursionError):
-        raise HTTPException(400, f"{field} must be valid JSON.") from None
+        raise HTTPException(400, f"{field} must be valid JSON of fewer than 200 levels.") from None
 
 
 # The thread and its client
@@ -249,7 +259,8 @@ def check_json(value: Any, field: str) -> int:
 # With a component of your own, in this file, that does not use the OpenAI SDK, delete `watch_upstream(…)` above, and
 # with it the limit on streams. Call `RELAY.get().wait()` in the component's loop after each chunk, and end the loop
 # when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a 500, or an
-# error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk.
+# error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk. A component
+# whose loop you cannot change streams, too, but goes on to its end when the client has left.
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew

@@ -21,7 +21,7 @@ TEXT = {"type": "text", "text": "Hi"}
 
 
 def nested(depth: int) -> list[Any]:
-    """Return a list so deep that it cannot be written as JSON."""
+    """Return a list in a list, so many levels deep."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
@@ -89,6 +89,7 @@ def test_bad_messages(sentence: str, messages: list[dict[str, Any]]) -> None:
         ("functions must be empty", {"functions": [{"name": "f"}]}),
         *(("temperature must be valid JSON", {"temperature": value}) for value in (math.nan, math.inf, -math.inf)),
         ("stop must be valid JSON", {"stop": "\ud800"}),
+        ("response_format must be valid JSON", {"response_format": nested(200)}),
         ("response_format must be valid JSON", {"response_format": nested(100_000)}),
         ("stop must not be more than 64 KiB", {"stop": "x" * (64 * 1024 - len('{"stop": ""}') + 1)}),
         ("stop, logit_bias must not be", {"stop": ["x"] * 8000, "logit_bias": {str(n): 1 for n in range(5000)}}),
@@ -120,6 +121,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         ("tools must be empty", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("temperature must be valid JSON", {"temperature": math.nan}),
         ("stop must be valid JSON", {"stop": "\ud800"}),
+        ("response_format must be valid JSON", {"response_format": nested(600)}),
         ("stop must not be more than 64 KiB", {"stop": ["x" * 64] * 1024}),
     ],
 )
@@ -133,11 +135,20 @@ def test_bad_input_is_a_400_and_no_upstream_call(
     assert not upstream.received
 
 
-def test_a_blank_question_is_a_400(chat: Chat, upstream: Upstream) -> None:
-    response = chat.http.post(f"/{NAME}/run", json={"question": " "})
+@pytest.mark.parametrize(
+    ("sentence", "question"), [("question must not be blank", " \n"), ("question must be valid JSON", "\ud800")]
+)
+def test_a_bad_question_is_a_400(chat: Chat, upstream: Upstream, sentence: str, question: str) -> None:
+    content = json.dumps({"question": question})
+    response = chat.http.post(f"/{NAME}/run", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
-    assert response.json() == {"detail": "question must not be blank."}
+    assert sentence in response.json()["detail"]
     assert not upstream.received
+
+
+def test_deep_parameters_reach_the_upstream(chat: Chat, upstream: Upstream) -> None:
+    chat.post(response_format=nested(198))
+    assert upstream.received[0].body["response_format"] == nested(198)
 
 
 ANYTHING = st.recursive(
