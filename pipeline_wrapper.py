@@ -8,7 +8,8 @@ reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one
 event loop, where `in_step` passes it on. Then `in_step` lets the thread read the next one.
 
 When the client of a stream leaves, `in_step` tells the thread to stop. If the thread waits for the upstream just then,
-it stops with the next chunk, or after OPENAI_TIMEOUT. It closes the connection, and OpenAIGenerator's loop ends.
+it stops with the next chunk, or when the SDK's timeout ends the wait. It closes the connection, and OpenAIGenerator's
+loop ends.
 
 When the upstream fails, the thread keeps the failure, and sends an empty chunk, at which `in_step` raises the failure.
 """
@@ -76,7 +77,8 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without it the upstream goes on when a client has left, streams have no limit, and failures are all the same.
+        # Without this line the upstream goes on when a client has left, nothing limits the streams, and all failures
+        # look the same.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -178,7 +180,7 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]
 
 
 def read_question(question: str) -> list[dict[str, Any]]:
-    """Return a single question as the messages of a chat; raises HTTPException, which names it as its caller does."""
+    """Return the messages of a chat that is one question; raises HTTPException."""
     check_json(question, "question")
     if not question.strip():
         raise HTTPException(400, "question must not be blank.")
@@ -228,11 +230,10 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
             raise HTTPException(400, f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
     # All streams wait while Haystack copies the parameters, item by item, on the event loop.
-    size = sum(check_json({field: value}, field) for field, value in parameters.items())
+    size = sum(check_json(value, field) for field, value in parameters.items())
     if size > 64 * 1024:
-        raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB.")
-    # The upstream, which streams every answer, need not send usage unless asked. A whole answer has to have it, a
-    # stream only when its client asks.
+        raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB together.")
+    # The upstream sends usage only when asked. A whole answer must have it, a stream when its client asks for it.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -240,27 +241,17 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_json(value: Any, field: str) -> int:
-    """Return how many bytes a value takes as JSON in UTF-8; raises HTTPException for one that cannot be sent, such as
-    NaN or half a surrogate pair. Without it the SDK would raise an exception, as if the upstream had failed."""
+    """Return the size of a value as JSON, in bytes; raises HTTPException for one that the SDK cannot send, such as NaN
+    or half a surrogate pair, or that is nested too deep for Haystack to copy. Neither is the server's fault."""
     try:
         data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        from_json(data)  # refuses more than 200 levels; at some 500 Haystack fails, as it copies the parameters
+        from_json(data)  # refuses more than 200 levels
         return len(data)
     except (ValueError, RecursionError):
-        raise HTTPException(400, f"{field} must be valid JSON of fewer than 200 levels.") from None
+        raise HTTPException(400, f"{field} must be valid JSON of at most 200 levels.") from None
 
 
 # The thread and its client
-#
-# Once the component has a `run_async`, delete this part, down to `encodable`. Above, delete `watch_upstream(…)`,
-# MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of `in_step(chunks)`.
-# Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
-#
-# With a component of your own, in this file, that does not use the OpenAI SDK, delete `watch_upstream(…)` above, and
-# with it the limit on streams. Call `RELAY.get().wait()` in the component's loop after each chunk, and end the loop
-# when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a 500, or an
-# error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk. A component
-# whose loop you cannot change streams, too, but goes on to its end when the client has left.
 
 
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
@@ -286,10 +277,8 @@ class Relay:
         self.read_on: SimpleQueue[bool] = SimpleQueue()
         # From the thread: why the answer failed.
         self.failure: HTTPException | None = None
-        # For the thread alone: the upstream's name for its answer, which the log shows if it fails.
-        self.request_id: str | None = None
 
-    def wait(self) -> bool:
+    def wait_to_read_on(self) -> bool:
         """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
         PATIENCE."""
         try:
@@ -299,54 +288,6 @@ class Relay:
 
 
 RELAY: ContextVar[Relay] = ContextVar("RELAY")  # how a thread finds the relay of its answer
-
-
-def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
-    """In this component, let `watched_create` take the place of the SDK's `create`, from which OpenAIGenerator gets its
-    chunks."""
-    places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
-
-    # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
-    def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
-        relay = RELAY.get()
-        if places.acquire(blocking=False):
-            try:
-                yield from read_upstream(llm.client, request, relay)
-            except Exception as error:
-                relay.failure = as_http_exception(error, relay.request_id, settings.OPENAI_API_KEY)
-            finally:
-                places.release()
-        else:  # refuse at once: in a queue, clients that have already left would be served first
-            relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-        # `in_step` raises the failure at this chunk. If it were raised here, Hayhooks would log all that the upstream
-        # said.
-        if relay.failure:
-            yield EMPTY_CHUNK
-
-    completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
-    completions.create = watched_create
-
-
-def read_upstream(client: openai.OpenAI, request: dict[str, Any], relay: Relay) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of an answer to its end, or until `in_step` says stop; raises an exception when the upstream
-    fails, or breaks off."""
-    # This sends what `create` would send; `request` holds `stream=True`. But `cast_to=object` returns JSON data, from
-    # which `read_chunk` makes the chunks.
-    stream = client.post(
-        "/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object]
-    )
-    relay.request_id = stream.response.headers.get("x-request-id")
-    finished = False
-    # Without `with` the connection stays open until the garbage collector comes by, and the upstream goes on.
-    with stream:
-        for data in stream:
-            chunk = read_chunk(data, with_usage="stream_options" in request)
-            finished = finished or any(choice.finish_reason for choice in chunk.choices)
-            yield chunk
-            if not relay.wait():
-                return
-    if not finished:
-        raise EOFError("the answer ended without a finish_reason")
 
 
 async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
@@ -375,6 +316,54 @@ async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[Stre
         raise relay.failure
 
 
+def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
+    """In this component, let `watched_create` take the place of the SDK's `create`, from which OpenAIGenerator gets its
+    chunks."""
+    places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
+
+    # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
+    def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
+        relay, request_id = RELAY.get(), ""
+        if not places.acquire(blocking=False):  # refuse at once: a queue would first serve clients that have left
+            relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+        else:
+            try:
+                # Without `with` the connection stays open until a garbage collection, and the upstream goes on.
+                with ask_upstream(llm.client, request) as stream:
+                    request_id = stream.response.headers.get("x-request-id", "")
+                    yield from read_upstream(stream, relay, with_usage="stream_options" in request)
+            except Exception as error:
+                relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+            finally:
+                places.release()
+        # `in_step` raises the failure at this chunk. If it were raised here, Hayhooks would log all that the upstream
+        # said.
+        if relay.failure:
+            yield EMPTY_CHUNK
+
+    completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
+    completions.create = watched_create
+
+
+def ask_upstream(client: openai.OpenAI, request: dict[str, Any]) -> openai.Stream[object]:
+    """Send what `create` would send, and return the answer's chunks as JSON data, which `read_chunk` reads."""
+    return client.post("/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object])
+
+
+def read_upstream(stream: openai.Stream[object], relay: Relay, with_usage: bool) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an answer to its end, or until `in_step` says stop; raises an exception when the upstream
+    breaks off."""
+    finished = False
+    for data in stream:
+        chunk = read_chunk(data, with_usage)
+        finished = finished or any(choice.finish_reason for choice in chunk.choices)
+        yield chunk
+        if not relay.wait_to_read_on():
+            return
+    if not finished:
+        raise EOFError("the answer ended without a finish_reason")
+
+
 def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     """Make a chunk with model, text, finish_reason and usage from JSON data of the upstream; raises an exception for
     data that it cannot read.
@@ -386,11 +375,11 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model=model, choices=[])
     for choice in data["choices"][:1]:
         text = encodable((choice.get("delta") or {}).get("content") or "")
-        first = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
+        kept = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
         if finish_reason := choice.get("finish_reason"):
             # `model_copy` does not check it: some upstreams have reasons that the SDK does not know.
-            first = first.model_copy(update={"finish_reason": encodable(str(finish_reason))})
-        chunk.choices.append(first)
+            kept = kept.model_copy(update={"finish_reason": encodable(str(finish_reason))})
+        chunk.choices.append(kept)
     if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
         with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
@@ -400,7 +389,7 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
 EMPTY_CHUNK = read_chunk({"choices": []}, with_usage=False)
 
 
-def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTTPException:
+def as_http_exception(error: Exception, request_id: str, key: str) -> HTTPException:
     """Log why an answer failed, and return what its caller may know.
 
     In log and answer, the key is replaced where the upstream quotes it whole, and each text is cut to 2000 characters.
@@ -413,10 +402,10 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
     while cause.__cause__:
         cause = cause.__cause__
     if isinstance(error, openai.APIStatusError):
-        status, request_id, message = error.status_code, error.request_id, safe(read_error(error))
+        status, request_id, message = error.status_code, error.request_id or "", safe(read_error(error))
     else:
         status, message = None, safe(cause)
-    facts = (status, safe(request_id or ""), type(cause).__name__, message)
+    facts = (status, safe(request_id), type(cause).__name__, message)
     log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
     match error:
@@ -424,16 +413,16 @@ def as_http_exception(error: Exception, request_id: str | None, key: str) -> HTT
             return HTTPException(error.status_code, message)
         case openai.RateLimitError():
             retry_after = safe(error.response.headers.get("Retry-After", ""))
-            if not re.fullmatch("[ -~]+", retry_after):  # missing, or no text for a header
-                return HTTPException(429, message)
-            return HTTPException(429, message, {"Retry-After": retry_after})
+            can_be_sent = re.fullmatch("[ -~]+", retry_after)
+            return HTTPException(429, message, {"Retry-After": retry_after} if can_be_sent else None)
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             return HTTPException(502, "The upstream refused the server's credentials.")
         case _ if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
             return HTTPException(504, "The upstream did not answer in time.")
         case _ if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
             return HTTPException(502, message)
-    return HTTPException(502, "The answer could not be completed.")
+        case _:
+            return HTTPException(502, "The answer could not be completed.")
 
 
 def read_error(error: openai.APIStatusError) -> str:
@@ -467,11 +456,12 @@ async def answer_caller(
 
 
 async def stream_completion(
-    first: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
+    chunk: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
 ) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks. If Hayhooks made them, usage would be lost, and a failure end with "stop"."""
+    """Yield chat completion chunks for the first chunk of an answer and the others. If Hayhooks made them, usage would
+    be lost, and a failure would end with "stop"."""
     head = new_head("chat.completion.chunk", model)
-    chunk, finish_reason, usage = first, None, None
+    finish_reason, usage = None, None
     try:
         async with aclosing(others):
             while chunk is not None:
@@ -508,3 +498,17 @@ async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str)
 
 def new_head(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+# To adapt this file
+#
+# Once the component has a `run_async`, delete the part about the thread, the call of `watch_upstream`,
+# MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of `in_step(chunks)`.
+# Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
+#
+# With a component of your own, in this file, that does not use the OpenAI SDK, delete the call of `watch_upstream`, and
+# with it the limit on streams. In the component's loop, after each chunk, call `RELAY.get().wait_to_read_on()`, and end
+# the loop when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a
+# 500, or an error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk.
+#
+# A component whose loop you cannot change streams as it is, but goes on to its end when the client has left.
