@@ -11,7 +11,8 @@ When the client of a stream leaves, `in_step` tells the thread to stop. If the t
 it stops with the next chunk, or when the SDK's timeout ends the wait. It closes the connection, and OpenAIGenerator's
 loop ends.
 
-When the upstream fails, the thread keeps the failure, and sends an empty chunk, at which `in_step` raises the failure.
+When the upstream fails, the thread sends one more chunk, which has the failure as its finish_reason. There `in_step`
+raises the failure.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
@@ -52,7 +53,7 @@ except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
 PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
-def for_every_caller(chat: Callable[..., Awaitable[AsyncGenerator[StreamingChunk]]]) -> Callable[..., Awaitable[Any]]:
+def for_every_caller(chat: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a method that returns chunks. `in_step`, below, keeps their thread and their client in step, and
     `answer_caller` gives them the form that the caller expects."""
 
@@ -254,6 +255,37 @@ def check_json(value: Any, field: str) -> int:
 # The thread and its client
 
 
+# From `in_step` to the thread, after each chunk: True to read the next one, False to stop.
+READ_ON: ContextVar[SimpleQueue[bool]] = ContextVar("READ_ON")
+
+
+async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
+
+    Without it, after a user has pressed Stop, the rest of the answer is paid for, too. And threads that do not wait
+    take so much of the interpreter's time that other clients get their first chunk late.
+    """
+    provide_threads(asyncio.get_running_loop())
+    read_on: SimpleQueue[bool] = SimpleQueue()
+    # The pipeline starts when the first chunk is asked for, below. AsyncPipeline then runs the thread in a copy of the
+    # context, so `READ_ON.get()` in the thread returns this queue.
+    READ_ON.set(read_on)
+    try:
+        async for chunk in chunks:
+            failure = chunk.meta.get("finish_reason")
+            if isinstance(failure, HTTPException):
+                raise failure
+            yield chunk
+            read_on.put(True)
+    except HTTPException:
+        raise
+    except Exception:  # of another component, say; Hayhooks has logged it, and its text is not for the caller
+        raise HTTPException(500, "The pipeline failed.") from None
+    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
+        read_on.put(False)
+        await chunks.aclose()
+
+
 @functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
 def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
     """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
@@ -269,51 +301,13 @@ def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
 PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
 
 
-class Relay:
-    """What `in_step`, on the event loop, and the thread tell each other about one answer."""
-
-    def __init__(self) -> None:
-        # From `in_step`, after each chunk: True to read the next one, False to stop.
-        self.read_on: SimpleQueue[bool] = SimpleQueue()
-        # From the thread: why the answer failed.
-        self.failure: HTTPException | None = None
-
-    def wait_to_read_on(self) -> bool:
-        """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
-        PATIENCE."""
-        try:
-            return self.read_on.get(timeout=PATIENCE)
-        except Empty:
-            raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
-
-
-RELAY: ContextVar[Relay] = ContextVar("RELAY")  # how a thread finds the relay of its answer
-
-
-async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
-
-    Without it, after a user has pressed Stop, the rest of the answer is paid for, too. And threads that do not wait
-    take so much of the interpreter's time that other clients get their first chunk late.
-    """
-    provide_threads(asyncio.get_running_loop())
-    relay = Relay()
-    # The pipeline starts when the first chunk is asked for, below. AsyncPipeline then runs the thread in a copy of the
-    # context, so `RELAY.get()` in the thread returns this relay.
-    RELAY.set(relay)
+def wait_for_client() -> bool:
+    """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
+    PATIENCE."""
     try:
-        async for chunk in chunks:
-            if relay.failure:
-                break
-            yield chunk
-            relay.read_on.put(True)
-    except Exception:  # not from `watched_create`; Hayhooks has logged it, and its text is not for the caller
-        raise HTTPException(500, "The pipeline failed.") from None
-    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
-        relay.read_on.put(False)
-        await chunks.aclose()
-    if relay.failure:
-        raise relay.failure
+        return READ_ON.get().get(timeout=PATIENCE)
+    except Empty:
+        raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
 
 
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
@@ -323,23 +317,21 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
-        relay, request_id = RELAY.get(), ""
+        request_id, failure = "", None
         if not places.acquire(blocking=False):  # refuse at once: a queue would first serve clients that have left
-            relay.failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+            failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
         else:
             try:
                 # Without `with` the connection stays open until a garbage collection, and the upstream goes on.
                 with ask_upstream(llm.client, request) as stream:
                     request_id = stream.response.headers.get("x-request-id", "")
-                    yield from read_upstream(stream, relay, with_usage="stream_options" in request)
+                    yield from read_upstream(stream, with_usage="stream_options" in request)
             except Exception as error:
-                relay.failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+                failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
             finally:
                 places.release()
-        # `in_step` raises the failure at this chunk. If it were raised here, Hayhooks would log all that the upstream
-        # said.
-        if relay.failure:
-            yield EMPTY_CHUNK
+        if failure:  # raised here, Hayhooks would log all that the upstream said
+            yield new_chunk(finish_reason=failure)
 
     completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
     completions.create = watched_create
@@ -350,17 +342,17 @@ def ask_upstream(client: openai.OpenAI, request: dict[str, Any]) -> openai.Strea
     return client.post("/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object])
 
 
-def read_upstream(stream: openai.Stream[object], relay: Relay, with_usage: bool) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of an answer to its end, or until `in_step` says stop; raises an exception when the upstream
+def read_upstream(stream: openai.Stream[object], with_usage: bool) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an answer to its end, or until its client has left; raises an exception when the upstream
     breaks off."""
-    finished = False
+    finish_reason = None
     for data in stream:
         chunk = read_chunk(data, with_usage)
-        finished = finished or any(choice.finish_reason for choice in chunk.choices)
+        finish_reason = chunk.choices[0].finish_reason or finish_reason
         yield chunk
-        if not relay.wait_to_read_on():
+        if not wait_for_client():
             return
-    if not finished:
+    if not finish_reason:
         raise EOFError("the answer ended without a finish_reason")
 
 
@@ -368,25 +360,25 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     """Make a chunk with model, text, finish_reason and usage from JSON data of the upstream; raises an exception for
     data that it cannot read.
 
-    All else is left out: at an odd tool call, say, OpenAIGenerator would fail in its loop, and its exception would keep
-    the connection open. The SDK's own way from JSON data to a chunk takes several times as long.
+    All else is left out: at an odd tool call, say, OpenAIGenerator would fail. The SDK's own way from JSON data to a
+    chunk takes several times as long.
     """
-    model = str(data.get("model", ""))
-    chunk = ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model=model, choices=[])
-    for choice in data["choices"][:1]:
-        text = encodable((choice.get("delta") or {}).get("content") or "")
-        kept = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
-        if finish_reason := choice.get("finish_reason"):
-            # `model_copy` does not check it: some upstreams have reasons that the SDK does not know.
-            kept = kept.model_copy(update={"finish_reason": encodable(str(finish_reason))})
-        chunk.choices.append(kept)
+    choice: Any = next(iter(data["choices"]), {})  # usage comes without a choice
+    text = encodable((choice.get("delta") or {}).get("content") or "")
+    finish_reason = choice.get("finish_reason")
+    chunk = new_chunk(text, encodable(str(finish_reason)) if finish_reason else None)
+    chunk.model = str(data.get("model", ""))
     if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
         with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
 
 
-EMPTY_CHUNK = read_chunk({"choices": []}, with_usage=False)
+def new_chunk(text: str = "", finish_reason: str | HTTPException | None = None) -> ChatCompletionChunk:
+    choice = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
+    if finish_reason:  # `model_copy` does not check it: a failure is not one of the SDK's reasons
+        choice = choice.model_copy(update={"finish_reason": finish_reason})
+    return ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[choice])
 
 
 def as_http_exception(error: Exception, request_id: str, key: str) -> HTTPException:
@@ -401,28 +393,25 @@ def as_http_exception(error: Exception, request_id: str, key: str) -> HTTPExcept
     cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
     while cause.__cause__:
         cause = cause.__cause__
+    status, retry_after, message = None, "", safe(cause)
     if isinstance(error, openai.APIStatusError):
         status, request_id, message = error.status_code, error.request_id or "", safe(read_error(error))
-    else:
-        status, message = None, safe(cause)
+        retry_after = safe(error.response.headers.get("Retry-After", ""))
     facts = (status, safe(request_id), type(cause).__name__, message)
     log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
-    match error:
-        case openai.BadRequestError() | openai.UnprocessableEntityError():
-            return HTTPException(error.status_code, message)
-        case openai.RateLimitError():
-            retry_after = safe(error.response.headers.get("Retry-After", ""))
-            can_be_sent = re.fullmatch("[ -~]+", retry_after)
-            return HTTPException(429, message, {"Retry-After": retry_after} if can_be_sent else None)
-        case openai.AuthenticationError() | openai.PermissionDeniedError():
-            return HTTPException(502, "The upstream refused the server's credentials.")
-        case _ if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
-            return HTTPException(504, "The upstream did not answer in time.")
-        case _ if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
-            return HTTPException(502, message)
-        case _:
-            return HTTPException(502, "The answer could not be completed.")
+    if status in (400, 422):
+        return HTTPException(status, message)
+    if status == 429:
+        can_be_sent = re.fullmatch("[ -~]+", retry_after)
+        return HTTPException(status, message, {"Retry-After": retry_after} if can_be_sent else None)
+    if status in (401, 403):
+        return HTTPException(502, "The upstream refused the server's credentials.")
+    if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
+        return HTTPException(504, "The upstream did not answer in time.")
+    if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
+        return HTTPException(502, message)
+    return HTTPException(502, "The answer could not be completed.")
 
 
 def read_error(error: openai.APIStatusError) -> str:
@@ -448,32 +437,26 @@ async def answer_caller(
     # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
     if "stream" not in body:
         return chunks
+    completion_chunks = as_completion_chunks(chunks, model)
     if not body["stream"]:
-        return await collect_completion(chunks, model)
+        return await collect_completion(completion_chunks)
     # The response begins when this function returns. Until then a failure can still be its status.
-    first = await anext(chunks, None)
-    return stream_completion(first, chunks, model)
+    first = await anext(completion_chunks)
+    return stream_completion(first, completion_chunks)
 
 
-async def stream_completion(
-    chunk: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str
-) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks for the first chunk of an answer and the others. If Hayhooks made them, usage would
-    be lost, and a failure would end with "stop"."""
-    head = new_head("chat.completion.chunk", model)
+async def as_completion_chunks(chunks: AsyncGenerator[StreamingChunk], model: str) -> AsyncGenerator[ChatCompletion]:
+    """Yield chat completion chunks, at least one; raises HTTPException. If Hayhooks made them, usage would be lost."""
+    head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
+    head |= {"created": int(time.time()), "model": model}
     finish_reason, usage = None, None
-    try:
-        async with aclosing(others):
-            while chunk is not None:
-                finish_reason = chunk.meta.get("finish_reason") or finish_reason
-                usage = chunk.meta.get("usage") or usage
-                # From the finish_reason on, empty chunks are left out: it and usage go out last, below.
-                if chunk.content or not finish_reason:
-                    yield ChatCompletion(**head, choices=[delta(chunk.content)])
-                chunk = await anext(others, None)
-    except HTTPException as failure:
-        yield ChatCompletion(**head, choices=[], error={"message": failure.detail, "type": "server_error"})
-        return
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            finish_reason = chunk.meta.get("finish_reason") or finish_reason
+            usage = chunk.meta.get("usage") or usage
+            # From the finish_reason on, empty chunks are left out: it and usage go out last, below.
+            if chunk.content or not finish_reason:
+                yield ChatCompletion(**head, choices=[delta(chunk.content)])
     # "stop" for a component that gives no finish_reason; an answer of OpenAIGenerator without one has failed.
     yield ChatCompletion(**head, choices=[delta("", finish_reason or "stop")])
     if usage:
@@ -484,20 +467,28 @@ def delta(text: str, finish_reason: str | None = None) -> Choice:
     return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=finish_reason)
 
 
-async def collect_completion(chunks: AsyncGenerator[StreamingChunk], model: str) -> ChatCompletion:
-    """Return one whole chat completion. If Hayhooks made it, it would be a stream."""
-    text, finish_reason, usage = "", None, None
-    async for chunk in chunks:
-        text += chunk.content
-        finish_reason = chunk.meta.get("finish_reason") or finish_reason
-        usage = chunk.meta.get("usage") or usage
+async def stream_completion(
+    first: ChatCompletion, others: AsyncGenerator[ChatCompletion]
+) -> AsyncGenerator[ChatCompletion]:
+    """Yield chat completion chunks, and an event with `error` if the answer fails. Without it the answer would break
+    off, and look like a lost connection."""
+    try:
+        async with aclosing(others):
+            yield first
+            async for chunk in others:
+                yield chunk
+    except HTTPException as failure:
+        yield first.model_copy(update={"choices": [], "error": {"message": failure.detail, "type": "server_error"}})
+
+
+async def collect_completion(completion_chunks: AsyncGenerator[ChatCompletion]) -> ChatCompletion:
+    """Join chat completion chunks to one whole chat completion; raises HTTPException."""
+    chunks = [chunk async for chunk in completion_chunks]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    text = "".join(str(choice.delta.content) for choice in choices if choice.delta)
     message = Message(role="assistant", content=text)
-    choice = Choice(index=0, message=message, finish_reason=finish_reason or "stop")
-    return ChatCompletion(**new_head("chat.completion", model), choices=[choice], usage=usage)
-
-
-def new_head(kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
+    return chunks[-1].model_copy(update={"object": "chat.completion", "choices": [choice]})
 
 
 # To adapt this file
@@ -507,8 +498,8 @@ def new_head(kind: str, model: str) -> dict[str, Any]:
 # Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
 #
 # With a component of your own, in this file, that does not use the OpenAI SDK, delete the call of `watch_upstream`, and
-# with it the limit on streams. In the component's loop, after each chunk, call `RELAY.get().wait_to_read_on()`, and end
-# the loop when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a
-# 500, or an error event after the first chunk. For another status set `RELAY.get().failure`, and send an empty chunk.
+# with it the limit on streams. In the component's loop, after each chunk, call `wait_for_client()`, and end the loop
+# when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a 500, or an
+# error event after the first chunk. For another status, send a chunk whose finish_reason is an HTTPException.
 #
 # A component whose loop you cannot change streams as it is, but goes on to its end when the client has left.

@@ -194,10 +194,19 @@ def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
         [whole] = Chat(server).post("one two").json()["choices"]
         assert (whole["message"]["content"], whole["finish_reason"]) == ("one two ", "stop")
 
-    # The same with a loop that does not end by itself, and leaves a file behind when it does.
     loop, end = "for word in words:", "        return {"
     assert loop in code
     assert end in code
+
+    # The same with a failure of the component's own choice, before the first word.
+    failure = 'StreamingChunk("", meta={"finish_reason": HTTPException(429, "Too fast.")})'
+    own.write_text(example_with(code.replace(loop, f"streaming_callback({failure})\n        {loop}")))
+    with deployed(wrapper=own) as server:
+        for stream in (True, False):
+            refused = Chat(server).post("one two", stream=stream)
+            assert (refused.status_code, refused.json()) == (429, {"detail": "Too fast."})
+
+    # The same with a loop that does not end by itself, and leaves a file behind when it does.
     endless = code.replace(loop, "for word in iter(lambda: words[0], None):")
     own.write_text(example_with(endless.replace(end, f"        open({str(left)!r}, 'w').close()\n{end}")))
     with deployed(wrapper=own) as server:
