@@ -1,18 +1,17 @@
-"""Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
+"""Hybrid mode: stream a component that only works synchronously, from an async Hayhooks server.
 
 The class `PipelineWrapper` is the example. Below it stands what it needs in production: the settings, the request, the
-thread and its client, the answer.
+thread and its client, the upstream, the answer.
 
 The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator
-reads the upstream's chunks in a loop, and calls Hayhooks' callback for each one. Hayhooks carries the chunk to the
-event loop, where `in_step` passes it on. Then `in_step` lets the thread read the next one.
+loops over `watched_create`, which reads the upstream, and calls Hayhooks' callback for each chunk. Hayhooks carries the
+chunk to the event loop, where `in_step` passes it on. Then `in_step` lets `watched_create` read the next one.
 
-When the client of a stream leaves, `in_step` tells the thread to stop. If the thread waits for the upstream just then,
-it stops with the next chunk, or when the SDK's timeout ends the wait. It closes the connection, and OpenAIGenerator's
-loop ends.
+When the client of a stream leaves, `in_step` tells `watched_create` to stop. It does so after the chunk that it reads
+just then, or when the SDK's timeout ends its wait. It closes the connection, and OpenAIGenerator's loop ends.
 
-When the upstream fails, the thread sends one more chunk, which has the failure as its finish_reason. There `in_step`
-raises the failure.
+When an answer fails, `watched_create` yields one last chunk, whose finish_reason is an HTTPException. `in_step` raises
+it.
 """
 
 import asyncio
@@ -54,8 +53,8 @@ PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def for_every_caller(chat: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that returns chunks. `in_step`, below, keeps their thread and their client in step, and
-    `answer_caller` gives them the form that the caller expects."""
+    """Decorate a method that returns chunks. `in_step`, below, stops them when the client has left, and `answer_caller`
+    gives them the form that the caller expects."""
 
     @functools.wraps(chat)
     async def decorated(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
@@ -78,23 +77,22 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without this line the upstream goes on when a client has left, nothing limits the streams, and all failures
-        # look the same.
+        # Without this line the upstream goes on when a client has left, nothing here limits the streams, and each
+        # failure is a 500.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # For the whole process. Without this line all streams wait while the garbage collector goes through the objects
-        # of all libraries.
+        # For the whole process. Without this line all streams wait now and then, while the garbage collector goes
+        # through the objects of all libraries.
         gc.freeze()
 
     @for_every_caller
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Return the chunks of an answer, which the decorator turns into what the caller expects; raises
-        HTTPException."""
+        """Return the chunks of an answer, to the decorator; raises HTTPException for a bad request."""
         system_prompt, history, question = read_messages(messages)
         parameters = read_parameters(body)
         return async_streaming_generator(
@@ -154,7 +152,7 @@ def read_settings() -> Settings:
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
     """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
 
-    Without the history a chat has no memory. To send the last message alone, let this function return "" as history.
+    Without the history a chat has no memory. To send none of it, return "" in its place.
     """
     if len(messages) > 2000:  # all streams wait while the event loop goes through them
         raise HTTPException(400, "messages must not be more than 2000.")
@@ -223,7 +221,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. Fields that this file does not name are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. All other fields are dropped."""
     if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
         raise HTTPException(400, "n must be 1.")
     for field in ("tools", "functions"):
@@ -234,7 +232,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
     size = sum(check_json(value, field) for field, value in parameters.items())
     if size > 64 * 1024:
         raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB together.")
-    # The upstream sends usage only when asked. A whole answer must have it, a stream when its client asks for it.
+    # OpenAI streams every answer to this server, and sends usage only when asked. A whole answer must have usage, a
+    # stream when its client asks for it.
     options = body.get("stream_options")
     if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
         parameters["stream_options"] = {"include_usage": True}
@@ -242,8 +241,8 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_json(value: Any, field: str) -> int:
-    """Return the size of a value as JSON, in bytes; raises HTTPException for one that the SDK cannot send, such as NaN
-    or half a surrogate pair, or that is nested too deep for Haystack to copy. Neither is the server's fault."""
+    """Return the size of a value as JSON, in bytes; raises HTTPException for what the SDK cannot send, such as NaN or
+    half a surrogate pair, and for what is nested too deep for Haystack to copy."""
     try:
         data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         from_json(data)  # refuses more than 200 levels
@@ -262,13 +261,12 @@ READ_ON: ContextVar[SimpleQueue[bool]] = ContextVar("READ_ON")
 async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
     """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
 
-    Without it, after a user has pressed Stop, the rest of the answer is paid for, too. And threads that do not wait
-    take so much of the interpreter's time that other clients get their first chunk late.
+    A thread that did not wait would read the whole answer, for which somebody pays, also when the client has left. And
+    such threads take so much of the interpreter's time that other clients get their first chunk late.
     """
     provide_threads(asyncio.get_running_loop())
     read_on: SimpleQueue[bool] = SimpleQueue()
-    # The pipeline starts when the first chunk is asked for, below. AsyncPipeline then runs the thread in a copy of the
-    # context, so `READ_ON.get()` in the thread returns this queue.
+    # Before the first chunk is asked for: AsyncPipeline then starts the thread, in a copy of this context.
     READ_ON.set(read_on)
     try:
         async for chunk in chunks:
@@ -286,28 +284,32 @@ async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[Stre
         await chunks.aclose()
 
 
-@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
-def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
-    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait.
-
-    An event loop has one default executor, also for other pipelines and other copies of this file. So its limit is far
-    above MAX_CONCURRENT_STREAMS; it makes a thread only when none is free. The executor before it gets no new work, and
-    its threads end when their streams do.
-    """
-    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
-
-
 PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
 
 
 def wait_for_client() -> bool:
     """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
     PATIENCE."""
+    read_on = READ_ON.get()
     try:
-        return READ_ON.get().get(timeout=PATIENCE)
+        return read_on.get(timeout=PATIENCE)
     except Empty:
         raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
+
+
+@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
+def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
+    stream would wait.
+
+    An event loop has one default executor, also for other pipelines and other copies of this file. So the limit here is
+    far above MAX_CONCURRENT_STREAMS; a thread is made only when none is free. The executor that is replaced gets no new
+    work, and its threads end with their streams.
+    """
+    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
+
+
+# The upstream
 
 
 def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
@@ -317,20 +319,22 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
 
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
-        request_id, failure = "", None
         if not places.acquire(blocking=False):  # refuse at once: a queue would first serve clients that have left
-            failure = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-        else:
-            try:
-                # Without `with` the connection stays open until a garbage collection, and the upstream goes on.
-                with ask_upstream(llm.client, request) as stream:
-                    request_id = stream.response.headers.get("x-request-id", "")
-                    yield from read_upstream(stream, with_usage="stream_options" in request)
-            except Exception as error:
-                failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
-            finally:
-                places.release()
-        if failure:  # raised here, Hayhooks would log all that the upstream said
+            yield new_chunk(
+                finish_reason=HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+            )
+            return
+        request_id, failure = "", None
+        try:
+            # Without `with` the connection stays open until a garbage collection, and the upstream goes on.
+            with ask_upstream(llm.client, request) as stream:
+                request_id = stream.response.headers.get("x-request-id", "")
+                yield from read_upstream(stream, with_usage="stream_options" in request)
+        except Exception as error:
+            failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+        finally:
+            places.release()
+        if failure:  # raised here, it would be wrapped by Haystack, and logged once more by Hayhooks
             yield new_chunk(finish_reason=failure)
 
     completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
@@ -344,7 +348,7 @@ def ask_upstream(client: openai.OpenAI, request: dict[str, Any]) -> openai.Strea
 
 def read_upstream(stream: openai.Stream[object], with_usage: bool) -> Iterator[ChatCompletionChunk]:
     """Yield the chunks of an answer to its end, or until its client has left; raises an exception when the upstream
-    breaks off."""
+    breaks off, or the client takes no chunk."""
     finish_reason = None
     for data in stream:
         chunk = read_chunk(data, with_usage)
@@ -368,7 +372,8 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     finish_reason = choice.get("finish_reason")
     chunk = new_chunk(text, encodable(str(finish_reason)) if finish_reason else None)
     chunk.model = str(data.get("model", ""))
-    if with_usage and (usage := data.get("usage")):  # some upstreams send it unasked
+    usage = data.get("usage") if with_usage else None  # some upstreams send it unasked
+    if usage:
         with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it
             chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
     return chunk
@@ -376,7 +381,7 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
 
 def new_chunk(text: str = "", finish_reason: str | HTTPException | None = None) -> ChatCompletionChunk:
     choice = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
-    if finish_reason:  # `model_copy` does not check it: a failure is not one of the SDK's reasons
+    if finish_reason:  # `model_copy` does not check it: the SDK's type does not allow an HTTPException
         choice = choice.model_copy(update={"finish_reason": finish_reason})
     return ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[choice])
 
@@ -393,18 +398,19 @@ def as_http_exception(error: Exception, request_id: str, key: str) -> HTTPExcept
     cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
     while cause.__cause__:
         cause = cause.__cause__
-    status, retry_after, message = None, "", safe(cause)
+    status, headers, message = None, None, safe(cause)
     if isinstance(error, openai.APIStatusError):
         status, request_id, message = error.status_code, error.request_id or "", safe(read_error(error))
         retry_after = safe(error.response.headers.get("Retry-After", ""))
+        if re.fullmatch("[ -~]+", retry_after):  # what a header can hold
+            headers = {"Retry-After": retry_after}
     facts = (status, safe(request_id), type(cause).__name__, message)
     log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
 
     if status in (400, 422):
         return HTTPException(status, message)
     if status == 429:
-        can_be_sent = re.fullmatch("[ -~]+", retry_after)
-        return HTTPException(status, message, {"Retry-After": retry_after} if can_be_sent else None)
+        return HTTPException(status, message, headers)
     if status in (401, 403):
         return HTTPException(502, "The upstream refused the server's credentials.")
     if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
@@ -437,16 +443,16 @@ async def answer_caller(
     # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
     if "stream" not in body:
         return chunks
-    completion_chunks = as_completion_chunks(chunks, model)
+    events = as_events(chunks, model)
     if not body["stream"]:
-        return await collect_completion(completion_chunks)
+        return await collect_completion(events)
     # The response begins when this function returns. Until then a failure can still be its status.
-    first = await anext(completion_chunks)
-    return stream_completion(first, completion_chunks)
+    first = await anext(events)
+    return stream_completion(first, events)
 
 
-async def as_completion_chunks(chunks: AsyncGenerator[StreamingChunk], model: str) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks, at least one; raises HTTPException. If Hayhooks made them, usage would be lost."""
+async def as_events(chunks: AsyncGenerator[StreamingChunk], model: str) -> AsyncGenerator[ChatCompletion]:
+    """Yield the events of a stream, at least one; raises HTTPException. If Hayhooks made them, usage would be lost."""
     head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
     head |= {"created": int(time.time()), "model": model}
     finish_reason, usage = None, None
@@ -470,36 +476,39 @@ def delta(text: str, finish_reason: str | None = None) -> Choice:
 async def stream_completion(
     first: ChatCompletion, others: AsyncGenerator[ChatCompletion]
 ) -> AsyncGenerator[ChatCompletion]:
-    """Yield chat completion chunks, and an event with `error` if the answer fails. Without it the answer would break
+    """Yield the events of a stream, and one with `error` if the answer fails. Without that one the answer would break
     off, and look like a lost connection."""
     try:
         async with aclosing(others):
             yield first
-            async for chunk in others:
-                yield chunk
+            async for event in others:
+                yield event
     except HTTPException as failure:
         yield first.model_copy(update={"choices": [], "error": {"message": failure.detail, "type": "server_error"}})
 
 
-async def collect_completion(completion_chunks: AsyncGenerator[ChatCompletion]) -> ChatCompletion:
-    """Join chat completion chunks to one whole chat completion; raises HTTPException."""
-    chunks = [chunk async for chunk in completion_chunks]
-    choices = [choice for chunk in chunks for choice in chunk.choices]
+async def collect_completion(events: AsyncGenerator[ChatCompletion]) -> ChatCompletion:
+    """Join the events of a stream to one whole chat completion; raises HTTPException."""
+    all_events = [event async for event in events]
+    choices = [choice for event in all_events for choice in event.choices]
     text = "".join(str(choice.delta.content) for choice in choices if choice.delta)
     message = Message(role="assistant", content=text)
     choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
-    return chunks[-1].model_copy(update={"object": "chat.completion", "choices": [choice]})
+    last = all_events[-1]  # which holds the usage
+    return last.model_copy(update={"object": "chat.completion", "choices": [choice]})
 
 
 # To adapt this file
 #
-# Once the component has a `run_async`, delete the part about the thread, the call of `watch_upstream`,
-# MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of `in_step(chunks)`.
+# Once the component has a `run_async`, delete the parts about the thread and about the upstream, the call of
+# `watch_upstream`, MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of
+# `in_step(chunks)`.
 # Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
 #
-# With a component of your own, in this file, that does not use the OpenAI SDK, delete the call of `watch_upstream`, and
-# with it the limit on streams. In the component's loop, after each chunk, call `wait_for_client()`, and end the loop
-# when it returns False. A finish_reason or usage in a chunk's `meta` reaches the client. An exception is a 500, or an
-# error event after the first chunk. For another status, send a chunk whose finish_reason is an HTTPException.
+# With a component of your own, in this file, that does not use the OpenAI SDK, delete the part about the upstream, the
+# call of `watch_upstream` and MAX_CONCURRENT_STREAMS, and put the component's inputs into `pipeline_run_args`. In its
+# loop, after each chunk, call `wait_for_client()`, and end the loop when it returns False. A chunk's `meta` can hold
+# `finish_reason` and `usage`. An exception is a 500, or an error event in a stream that has begun. For another status
+# send a chunk with an HTTPException as `finish_reason`.
 #
 # A component whose loop you cannot change streams as it is, but goes on to its end when the client has left.
