@@ -7,11 +7,11 @@ The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`
 loops over `watched_create`, which reads the upstream, and calls Hayhooks' callback for each chunk. Hayhooks carries the
 chunk to the event loop, where `in_step` passes it on. Then `in_step` lets `watched_create` read the next one.
 
-When the client of a stream leaves, `in_step` tells `watched_create` to stop. It does so after the chunk that it reads
-just then, or when the SDK's timeout ends its wait. It closes the connection, and OpenAIGenerator's loop ends.
+When the client of a stream leaves, `in_step` tells `watched_create` to stop. It stops at once, or, if it waits for the
+upstream just then, with the next chunk or the SDK's timeout. Then it closes the connection, and OpenAIGenerator's loop
+ends.
 
-When an answer fails, `watched_create` yields one last chunk, whose finish_reason is an HTTPException. `in_step` raises
-it.
+When `watched_create` fails, it yields one last chunk, whose finish_reason is an HTTPException. `in_step` raises it.
 """
 
 import asyncio
@@ -48,13 +48,13 @@ try:
 except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
     raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
 
-# A single question is sent unchanged. After earlier turns it is labelled `user:`, as each of them has its role.
+# A single question is sent unchanged. After earlier turns, which begin with their roles, it begins with `user:`.
 PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
 
 
 def for_every_caller(chat: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that returns chunks. `in_step`, below, stops them when the client has left, and `answer_caller`
-    gives them the form that the caller expects."""
+    """Decorate a method that returns chunks. `in_step`, below, keeps their thread and their client in step, and
+    `answer_caller` gives the answer the form that its caller expects."""
 
     @functools.wraps(chat)
     async def decorated(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
@@ -77,8 +77,8 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=settings.OPENAI_TIMEOUT,
             max_retries=settings.OPENAI_MAX_RETRIES,
         )
-        # Without this line the upstream goes on when a client has left, nothing here limits the streams, and each
-        # failure is a 500.
+        # Without this line the upstream goes on when a client has left, nothing here limits the streams, and no caller
+        # learns why an answer failed.
         watch_upstream(llm, settings)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
@@ -221,7 +221,7 @@ PARAMETERS = [
 
 
 def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. All other fields are dropped."""
+    """Return the parameters for the upstream; raises HTTPException. Fields that are not read here are dropped."""
     if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
         raise HTTPException(400, "n must be 1.")
     for field in ("tools", "functions"):
@@ -494,7 +494,7 @@ async def collect_completion(events: AsyncGenerator[ChatCompletion]) -> ChatComp
     text = "".join(str(choice.delta.content) for choice in choices if choice.delta)
     message = Message(role="assistant", content=text)
     choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
-    last = all_events[-1]  # which holds the usage
+    last = all_events[-1]  # which holds the usage, if there is any
     return last.model_copy(update={"object": "chat.completion", "choices": [choice]})
 
 
