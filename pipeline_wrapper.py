@@ -371,7 +371,7 @@ def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
     text = encodable((choice.get("delta") or {}).get("content") or "")
     finish_reason = choice.get("finish_reason")
     chunk = new_chunk(text, encodable(str(finish_reason)) if finish_reason else None)
-    chunk.model = str(data.get("model", ""))
+    chunk.model = encodable(str(data.get("model", "")))
     usage = data.get("usage") if with_usage else None  # some upstreams send it unasked
     if usage:
         with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it

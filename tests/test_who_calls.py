@@ -246,6 +246,7 @@ def test_python_code_gets_streaming_chunks(wrapper: PipelineWrapper, upstream: U
     chunks = asyncio.run(call())
     assert {type(chunk) for chunk in chunks} == {StreamingChunk}
     assert "".join(chunk.content for chunk in chunks) == "Hello, world!"
+    assert {chunk.meta["model"] for chunk in chunks} == {"gpt-5-mini"}
 
 
 def test_python_code_gets_the_failure_after_the_chunks(wrapper: PipelineWrapper, upstream: Upstream) -> None:
