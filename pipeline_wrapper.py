@@ -229,7 +229,7 @@ def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
             raise HTTPException(400, f"{field} must be empty: OpenAIGenerator takes text only.")
     parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
     # All streams wait while Haystack copies the parameters, item by item, on the event loop.
-    size = sum(check_json(value, field) for field, value in parameters.items())
+    size = sum(check_json({field: value}, field) for field, value in parameters.items())
     if size > 64 * 1024:
         raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB together.")
     # OpenAI streams every answer to this server, and sends usage only when asked. A whole answer must have usage, a
@@ -245,10 +245,10 @@ def check_json(value: Any, field: str) -> int:
     half a surrogate pair, and for what is nested too deep for Haystack to copy."""
     try:
         data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        from_json(data)  # refuses more than 200 levels
+        from_json(data)  # refuses more than 200 levels, of which a parameter's name is one
         return len(data)
     except (ValueError, RecursionError):
-        raise HTTPException(400, f"{field} must be valid JSON of at most 200 levels.") from None
+        raise HTTPException(400, f"{field} must be valid JSON of fewer than 200 levels.") from None
 
 
 # The thread and its client
