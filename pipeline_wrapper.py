@@ -320,9 +320,8 @@ def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
     # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
     def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
         if not places.acquire(blocking=False):  # refuse at once: a queue would first serve clients that have left
-            yield new_chunk(
-                finish_reason=HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            )
+            busy = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+            yield new_chunk(finish_reason=busy)
             return
         request_id, failure = "", None
         try:
@@ -453,8 +452,12 @@ async def answer_caller(
 
 async def as_events(chunks: AsyncGenerator[StreamingChunk], model: str) -> AsyncGenerator[ChatCompletion]:
     """Yield the events of a stream, at least one; raises HTTPException. If Hayhooks made them, usage would be lost."""
-    head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk"}
-    head |= {"created": int(time.time()), "model": model}
+    head: dict[str, Any] = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+    }
     finish_reason, usage = None, None
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -491,7 +494,7 @@ async def collect_completion(events: AsyncGenerator[ChatCompletion]) -> ChatComp
     """Join the events of a stream to one whole chat completion; raises HTTPException."""
     all_events = [event async for event in events]
     choices = [choice for event in all_events for choice in event.choices]
-    text = "".join(str(choice.delta.content) for choice in choices if choice.delta)
+    text = "".join(choice.delta.content or "" for choice in choices if choice.delta)
     message = Message(role="assistant", content=text)
     choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
     last = all_events[-1]  # which holds the usage, if there is any
@@ -502,8 +505,7 @@ async def collect_completion(events: AsyncGenerator[ChatCompletion]) -> ChatComp
 #
 # Once the component has a `run_async`, delete the parts about the thread and about the upstream, the call of
 # `watch_upstream`, MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of
-# `in_step(chunks)`.
-# Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
+# `in_step(chunks)`. Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
 #
 # With a component of your own, in this file, that does not use the OpenAI SDK, delete the part about the upstream, the
 # call of `watch_upstream` and MAX_CONCURRENT_STREAMS, and put the component's inputs into `pipeline_run_args`. In its
