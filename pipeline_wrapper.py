@@ -1,104 +1,94 @@
-"""Hybrid mode: stream a component that only works synchronously, from an async Hayhooks server.
+"""Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-The class `PipelineWrapper` is the example. Below it stands what it needs in production: the settings, the request, the
-thread and its client, the upstream, the answer.
-
-The way of a chunk: AsyncPipeline runs OpenAIGenerator, which has no `run_async`, in a thread. There OpenAIGenerator
-loops over `watched_create`, which reads the upstream, and calls Hayhooks' callback for each chunk. Hayhooks carries the
-chunk to the event loop, where `in_step` passes it on. Then `in_step` lets `watched_create` read the next one.
-
-When the client of a stream leaves, `in_step` tells `watched_create` to stop. It stops at once, or, if it waits for the
-upstream just then, with the next chunk or the SDK's timeout. Then it closes the connection, and OpenAIGenerator's loop
-ends.
-
-When `watched_create` fails, it yields one last chunk, whose finish_reason is an HTTPException. `in_step` raises it.
+`PipelineWrapper` is the example, and `allow_sync_streaming_callbacks=True` is the line to notice. It is for components
+that you cannot replace by async ones. The rest of the file is what a public chat endpoint needs around it, in the order
+in which data flows: settings, request, thread and client, failures, response.
 """
 
 import asyncio
 import functools
-import gc
 import json
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
-from threading import Semaphore
-from typing import Annotated, Any
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import openai
 from fastapi import HTTPException
 from fastapi_openai_compat import ChatCompletion, Choice, Message
-from hayhooks import BasePipelineWrapper, async_streaming_generator, log
-from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletionChunk, chat_completion_chunk
-from pydantic import AfterValidator, Field, HttpUrl, ValidationError
-from pydantic_core import from_json
+from hayhooks import BasePipelineWrapper, async_streaming_generator
+from haystack import AsyncPipeline
+from haystack.components.builders import PromptBuilder
+from haystack.components.generators import OpenAIGenerator
+from haystack.dataclasses import StreamingChunk
+from haystack.utils import Secret
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-try:
-    from haystack import AsyncPipeline
-    from haystack.components.builders import PromptBuilder
-    from haystack.components.generators import OpenAIGenerator
-    from haystack.dataclasses import StreamingChunk
-    from haystack.utils import Secret
-except ImportError as error:  # a plain `pip install hayhooks` brings Haystack 3
-    raise ImportError("This example needs haystack-ai 2.x: run `pip install -r requirements.txt`.") from error
-
-# A single question is sent unchanged. After earlier turns, which begin with their roles, it begins with `user:`.
-PROMPT = "{% if history %}{{ history }}\n\nuser: {% endif %}{{ question }}"
+PROMPT = "{{ conversation }}"  # the place for instructions of your own, or for retrieved documents
 
 
-def for_every_caller(chat: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that returns chunks. `in_step`, below, keeps their thread and their client in step, and
-    `answer_caller` gives the answer the form that its caller expects."""
+def openai_response(chat: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method that returns the chunks of an answer, so that each caller gets what it expects.
+
+    An OpenAI client gets the events of a stream or one whole completion. Hayhooks' A2A server and Python code, whose
+    `body` has no `stream`, get the chunks.
+    """
 
     @functools.wraps(chat)
-    async def decorated(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
-        chunks = await chat(self, model, messages, body)
-        return await answer_caller(in_step(chunks), model, body)
+    async def respond(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
+        chunks = in_lockstep(await chat(self, model, messages, body), self.settings.OPENAI_API_KEY)
+        chunks = in_slot(chunks, self.slots)
+        if "stream" not in body:
+            return chunks
+        if not body["stream"]:
+            return as_completion([chunk async for chunk in chunks], model)
+        stream_options = body.get("stream_options")
+        include_usage = isinstance(stream_options, dict) and bool(stream_options.get("include_usage"))
+        # Hayhooks sends status 200 when this function returns. Until then a failure can be a status of its own.
+        first = await anext(chunks, None)
+        return as_events(first, chunks, model, include_usage)
 
-    return decorated
+    return respond
 
 
 class PipelineWrapper(BasePipelineWrapper):
     """A chat with OpenAIGenerator, which has no `run_async`, streamed from an async pipeline."""
 
     def setup(self) -> None:
-        """Build the pipeline; raises ValueError for an environment variable that is missing or wrong."""
-        settings = read_settings()
+        """Build the pipeline; raises ValueError for a missing or invalid environment variable."""
+        self.settings = Settings()
+        self.slots = asyncio.Semaphore(self.settings.MAX_CONCURRENT_STREAMS)
         llm = OpenAIGenerator(
-            api_key=Secret.from_token(settings.OPENAI_API_KEY),
-            model=settings.OPENAI_MODEL,  # not the `model` of a request, which names this pipeline
-            api_base_url=settings.OPENAI_BASE_URL,
-            timeout=settings.OPENAI_TIMEOUT,
-            max_retries=settings.OPENAI_MAX_RETRIES,
+            api_key=Secret.from_token(self.settings.OPENAI_API_KEY),
+            model=self.settings.OPENAI_MODEL,  # not the `model` of a request, which names this pipeline
+            api_base_url=self.settings.OPENAI_BASE_URL,
+            timeout=self.settings.OPENAI_TIMEOUT,
+            max_retries=self.settings.OPENAI_MAX_RETRIES,
         )
-        # Without this line the upstream goes on when a client has left, nothing here limits the streams, and no caller
-        # learns why an answer failed.
-        watch_upstream(llm, settings)
+        stop_with_client(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
         self.pipeline.connect("prompt.prompt", "llm.prompt")
-        # For the whole process. Without this line all streams wait now and then, while the garbage collector goes
-        # through the objects of all libraries.
-        gc.freeze()
 
-    @for_every_caller
+    @openai_response
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Return the chunks of an answer, to the decorator; raises HTTPException for a bad request."""
-        system_prompt, history, question = read_messages(messages)
-        parameters = read_parameters(body)
+        """Return the chunks of an answer, to the decorator; raises HTTPException for a request without an answer."""
+        system_prompt, conversation = parse_messages(messages)
+        parameters = parse_parameters(body, self.settings.OPENAI_BASE_URL)
         return async_streaming_generator(
             pipeline=self.pipeline,
             pipeline_run_args={
-                "prompt": {"history": history, "question": question},
+                "prompt": {"conversation": conversation},
                 "llm": {"system_prompt": system_prompt, "generation_kwargs": parameters},
             },
             # Without this line HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides what streams here.
@@ -109,102 +99,67 @@ class PipelineWrapper(BasePipelineWrapper):
 
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
-        messages = read_question(question)
-        # With no `stream` in the body the decorator returns the chunks.
-        chunks = await self.run_chat_completion_async("", messages, {})
+        messages = [{"role": "user", "content": question}]
+        chunks = await self.run_chat_completion_async(model="", messages=messages, body={})
         return "".join([chunk.content async for chunk in chunks])
 
 
-# The settings
-
-
-# Without the pattern HttpUrl would read http:///v1 as a host called v1.
-Url = Annotated[str, Field(pattern="^https?://[^/]"), AfterValidator(lambda url: str(HttpUrl(url)))]
-
-
 class Settings(BaseSettings):
-    """Environment variables, to which Hayhooks has added those in `.env`; one that is empty counts as unset."""
+    """The environment variables, to which Hayhooks has added those in `.env`. An empty one counts as unset."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True)
+    # Without `hide_input_in_errors` a mistyped key would be in the log.
+    model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hide_input_in_errors=True)
 
-    OPENAI_API_KEY: str = Field(pattern="^[!-~]+$", description="a key in ASCII without spaces or line breaks")
-    OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1, description="the name of a model")
-    OPENAI_BASE_URL: Url = Field("https://api.openai.com/v1", description="a URL with http:// or https:// and a host")
-    OPENAI_TIMEOUT: float = Field(30, ge=0.1, le=3600, description="a number of seconds from 0.1 to 3600")
-    OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10, description="a whole number from 0 to 10")
-    # The OpenAI client's pool has 1000 connections; further streams would wait for one.
-    MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000, description="a whole number from 1 to 1000")
-
-
-def read_settings() -> Settings:
-    """Return the settings; raises ValueError, which does not quote what is set, as that can be a mistyped key."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        expected = Settings.model_fields[name].description
-        raise ValueError(f"{name} must be {expected}, set where `hayhooks run` starts or in the .env there.") from None
+    OPENAI_API_KEY: str = Field(pattern="^[!-~]+$")  # what an HTTP header can carry
+    OPENAI_MODEL: str = "gpt-5-mini"
+    OPENAI_BASE_URL: str = Field("https://api.openai.com/v1", pattern=r"^https?://[^\s/?#:]\S*$")
+    OPENAI_TIMEOUT: float = Field(120, gt=0, le=3600)  # seconds without a byte from the upstream
+    OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10)  # the SDK sleeps in the thread before each
+    MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # the SDK opens 1000 connections at most
 
 
-# The request
+# The request. What chat front-ends send by default is left out rather than refused.
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def read_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str, str]:
-    """Return system prompt, history ("role: text" for each earlier turn) and question; raises HTTPException.
-
-    Without the history a chat has no memory. To send none of it, return "" in its place.
-    """
-    if len(messages) > 2000:  # all streams wait while the event loop goes through them
-        raise HTTPException(400, "messages must not be more than 2000.")
-    check_json(messages, "messages")
-    system, turns = [], []
-    for index, message in enumerate(messages):
-        role, content, field = message.get("role"), message.get("content"), f"messages[{index}]"
-        if role not in ("system", "developer", "user", "assistant"):
-            raise HTTPException(400, f"{field}.role must be system, developer, user or assistant.")
-        if role == "assistant" and content is None:  # a turn without text, such as one of tool calls
-            continue
-        text = read_text(content, f"{field}.content")
-        if role == "user" and not text.strip():
-            raise HTTPException(400, f"{field}.content must not be blank.")
-        if role in ("user", "assistant"):
-            turns.append((role, text))
-        else:
-            system.append(text)
-    if not messages or messages[-1]["role"] != "user":
-        raise HTTPException(400, "messages must end with a message from the user.")
-    _, question = turns.pop()  # the last message is the last turn, as it is the user's
-    history = "\n\n".join(f"{role}: {text}" for role, text in turns)
-    return "\n".join(system) or None, history, question
+def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
+    """Return the system prompt, if there is one, and the conversation as one prompt; raises HTTPException."""
+    parsed = [(message.get("role"), *parse_content(message.get("content"))) for message in messages]
+    if any(role not in ROLES for role, _, _ in parsed):
+        raise HTTPException(400, f"messages must have the roles {', '.join(ROLES)}.")
+    turns = [turn for turn in parsed if turn[0] in ("user", "assistant")]
+    last_role, last_text, last_is_text_only = turns[-1] if turns else ("user", "", True)
+    if last_role == "user" and not (last_text.strip() and last_is_text_only):
+        raise HTTPException(
+            400, "The last user message of messages must not be blank, and OpenAIGenerator takes text only."
+        )
+    conversation = [(role, text) for role, text, _ in turns if text.strip()]
+    if not any(role == "user" for role, _ in conversation):
+        raise HTTPException(400, "messages must have text from the user.")
+    system_prompt = "\n".join(text for role, text, _ in parsed if role in ("system", "developer") and text.strip())
+    if len(conversation) == 1:
+        return system_prompt or None, conversation[0][1]
+    return system_prompt or None, "\n\n".join(f"{role}: {text}" for role, text in conversation)
 
 
-def read_question(question: str) -> list[dict[str, Any]]:
-    """Return the messages of a chat that is one question; raises HTTPException."""
-    check_json(question, "question")
-    if not question.strip():
-        raise HTTPException(400, "question must not be blank.")
-    return [{"role": "user", "content": question}]
-
-
-def read_text(content: Any, field: str) -> str:
-    """Return the text of a message; raises HTTPException. OpenAI's API allows a list of parts, too."""
+def parse_content(content: Any) -> tuple[str, bool]:
+    """Return the text of a message, and whether that is all it holds. Content is text or a list of parts."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = []
     for part in parts:
         match part:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
-            case _:
-                raise HTTPException(
-                    400, f"{field} must be text, or a list of text parts: OpenAIGenerator takes text only."
-                )
-    if not texts:
-        raise HTTPException(400, f"{field} must have a part.")
-    return "".join(texts)
+    return replace_surrogates("".join(texts)), len(texts) == len(parts)
 
 
-# The parameters that make sense for one answer in text.
-PARAMETERS = [
+def replace_surrogates(text: str) -> str:
+    """Replace each half of a surrogate pair, which UTF-8 cannot carry. JavaScript's `slice` makes them of emoji."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+PARAMETERS = (
     "temperature",
     "top_p",
     "max_tokens",
@@ -217,300 +172,240 @@ PARAMETERS = [
     "response_format",
     "reasoning_effort",
     "verbosity",
-]
+)
 
 
-def read_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for the upstream; raises HTTPException. Fields that are not read here are dropped."""
-    if body.get("n") not in (None, 1) or body.get("n") is True:  # True equals 1
+def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
+    """Return the parameters for the upstream; raises HTTPException. All other fields of the body are dropped."""
+    if body.get("n") not in (None, 1):
         raise HTTPException(400, "n must be 1.")
-    for field in ("tools", "functions"):
-        if body.get(field):
-            raise HTTPException(400, f"{field} must be empty: OpenAIGenerator takes text only.")
-    parameters = {field: body[field] for field in PARAMETERS if body.get(field) is not None}
-    # All streams wait while Haystack copies the parameters, item by item, on the event loop.
-    size = sum(check_json({field: value}, field) for field, value in parameters.items())
-    if size > 64 * 1024:
-        raise HTTPException(400, f"{', '.join(parameters)} must not be more than 64 KiB together.")
-    # OpenAI streams every answer to this server, and sends usage only when asked. A whole answer must have usage, a
-    # stream when its client asks for it.
-    options = body.get("stream_options")
-    if not body.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True):
-        parameters["stream_options"] = {"include_usage": True}
-    return parameters
-
-
-def check_json(value: Any, field: str) -> int:
-    """Return the size of a value as JSON, in bytes; raises HTTPException for what the SDK cannot send, such as NaN or
-    half a surrogate pair, and for what is nested too deep for Haystack to copy."""
+    if body.get("tool_choice") not in (None, "auto", "none"):
+        raise HTTPException(400, "tool_choice must be auto or none: OpenAIGenerator answers with text only.")
+    parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
     try:
-        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        from_json(data)  # refuses more than 200 levels, of which a parameter's name is one
-        return len(data)
+        size = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):
-        raise HTTPException(400, f"{field} must be valid JSON of fewer than 200 levels.") from None
+        size = None
+    # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
+    if size is None or size > 64 * 1024:
+        raise HTTPException(400, f"{', '.join(parameters)} must be valid JSON of at most 64 KiB together.")
+    if "max_tokens" in parameters and urlsplit(base_url).hostname == "api.openai.com":
+        # OpenAI's newer models refuse the older name, and all take the newer one.
+        max_tokens = parameters.pop("max_tokens")
+        parameters.setdefault("max_completion_tokens", max_tokens)
+    return {**parameters, "stream_options": {"include_usage": True}}
 
 
 # The thread and its client
 
 
-# From `in_step` to the thread, after each chunk: True to read the next one, False to stop.
-READ_ON: ContextVar[SimpleQueue[bool]] = ContextVar("READ_ON")
+class Lockstep:
+    """Keeps the thread of an answer in step with the client.
 
+    The rule: after each chunk that it sends, the thread calls `wait`; for each chunk that the client has taken, the
+    event loop calls `chunk_taken`. When the client has left, `wait` returns False, and the thread must stop reading.
 
-async def in_step(chunks: AsyncGenerator[StreamingChunk]) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer, and let its thread read on after each; raises HTTPException if the answer failed.
-
-    A thread that did not wait would read the whole answer, for which somebody pays, also when the client has left. And
-    such threads take so much of the interpreter's time that other clients get their first chunk late.
+    Without the rule the thread would read the answer to its end, at somebody's expense, for a client that has left, and
+    the threads of many answers would delay each other's first chunks. It needs every chunk that the thread sends to
+    arrive: if one does not, `wait` raises an exception after a minute.
     """
-    provide_threads(asyncio.get_running_loop())
-    read_on: SimpleQueue[bool] = SimpleQueue()
-    # Before the first chunk is asked for: AsyncPipeline then starts the thread, in a copy of this context.
-    READ_ON.set(read_on)
-    try:
-        async for chunk in chunks:
-            failure = chunk.meta.get("finish_reason")
-            if isinstance(failure, HTTPException):
-                raise failure
-            yield chunk
-            read_on.put(True)
-    except HTTPException:
-        raise
-    except Exception:  # of another component, say; Hayhooks has logged it, and its text is not for the caller
-        raise HTTPException(500, "The pipeline failed.") from None
-    finally:  # also when the client has left, which ends this generator at `async for` or `yield`
-        read_on.put(False)
-        await chunks.aclose()
+
+    def __init__(self) -> None:
+        self._signals: SimpleQueue[bool] = SimpleQueue()  # True: a chunk was taken; False: the client has left
+
+    def chunk_taken(self) -> None:
+        self._signals.put(True)
+
+    def client_left(self) -> None:
+        self._signals.put(False)
+
+    def wait(self) -> bool:
+        """Block until the client has taken a chunk or left; return whether to read on.
+
+        Raises BrokenPipeError after a minute, as for a client that keeps its connection but reads no more. If it does
+        read on later, it finds a failure and not an answer that looks complete.
+        """
+        try:
+            read_on = self._signals.get(timeout=60)
+        except Empty:
+            raise BrokenPipeError("the client has taken no chunk for 60 seconds") from None
+        if not read_on:
+            self.client_left()  # for the thread of another component of this answer
+        return read_on
 
 
-PATIENCE = 60  # seconds that a thread waits for its client, which may have stopped reading without leaving
+# AsyncPipeline runs a sync component in a thread with a copy of the context, and there the thread finds its Lockstep.
+CURRENT_LOCKSTEP: ContextVar[Lockstep] = ContextVar("CURRENT_LOCKSTEP")
 
 
 def wait_for_client() -> bool:
-    """Wait, in the thread, for `in_step`; return True to read on, False to stop; raises BrokenPipeError after
-    PATIENCE."""
-    read_on = READ_ON.get()
-    try:
-        return read_on.get(timeout=PATIENCE)
-    except Empty:
-        raise BrokenPipeError(f"the client took no chunk for {PATIENCE} seconds") from None
+    """Wait, in a sync component and after each chunk, for the client; return whether to read on.
 
-
-@functools.cache  # once for each event loop, and again after a deploy, which loads this file anew
-def provide_threads(loop: asyncio.AbstractEventLoop) -> None:
-    """Let all streams run at once. asyncio's own executor has min(32, cores + 4) threads: on two cores the seventh
-    stream would wait.
-
-    An event loop has one default executor, also for other pipelines and other copies of this file. So the limit here is
-    far above MAX_CONCURRENT_STREAMS; a thread is made only when none is free. The executor that is replaced gets no new
-    work, and its threads end with their streams.
+    Outside of an answer, as in a `pipeline.run_async` of your own, there is no client to wait for.
     """
-    loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
+    lockstep = CURRENT_LOCKSTEP.get(None)
+    return lockstep is None or lockstep.wait()
 
 
-# The upstream
+def stop_with_client(llm: OpenAIGenerator) -> None:
+    """Let OpenAIGenerator stop when the client has left: it loops over what the SDK's `create` returns."""
+    create = llm.client.chat.completions.create
+
+    def until_client_left(stream: openai.Stream[Any]) -> Iterator[Any]:
+        with stream:  # otherwise the connection stays open until a garbage collection, and the upstream continues
+            for chunk in stream:
+                # What some upstreams send: no choices, a refusal in place of text, half a surrogate pair, nulls.
+                chunk.choices = chunk.choices or []
+                for delta in (choice.delta for choice in chunk.choices if choice.delta):
+                    delta.content = replace_surrogates(delta.content or delta.refusal or "")
+                if chunk.usage:
+                    chunk.usage = chunk.usage.to_dict(exclude_none=True)
+                yield chunk
+                if not wait_for_client():
+                    return
+
+    def stoppable_create(**request: Any) -> Any:
+        response = create(**request)
+        return until_client_left(response) if request.get("stream") else response
+
+    llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
 
 
-def watch_upstream(llm: OpenAIGenerator, settings: Settings) -> None:
-    """In this component, let `watched_create` take the place of the SDK's `create`, from which OpenAIGenerator gets its
-    chunks."""
-    places = Semaphore(settings.MAX_CONCURRENT_STREAMS)
+async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, in lockstep with its thread; raises HTTPException if the answer fails."""
+    lockstep = Lockstep()
+    is_whole = False
 
-    # A generator: all of it runs in the thread, when OpenAIGenerator's loop asks for a chunk.
-    def watched_create(**request: Any) -> Iterator[ChatCompletionChunk]:
-        if not places.acquire(blocking=False):  # refuse at once: a queue would first serve clients that have left
-            busy = HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-            yield new_chunk(finish_reason=busy)
-            return
-        request_id, failure = "", None
+    async def next_chunk() -> StreamingChunk | None:
+        token = CURRENT_LOCKSTEP.set(lockstep)  # for AsyncPipeline, which starts with the first chunk
         try:
-            # Without `with` the connection stays open until a garbage collection, and the upstream goes on.
-            with ask_upstream(llm.client, request) as stream:
-                request_id = stream.response.headers.get("x-request-id", "")
-                yield from read_upstream(stream, with_usage="stream_options" in request)
-        except Exception as error:
-            failure = as_http_exception(error, request_id, settings.OPENAI_API_KEY)
+            return await anext(chunks, None)
+        except Exception as error:  # Hayhooks has logged it
+            if is_whole:
+                return None
+            raise as_http_exception(error, key) from None
         finally:
-            places.release()
-        if failure:  # raised here, it would be wrapped by Haystack, and logged once more by Hayhooks
-            yield new_chunk(finish_reason=failure)
+            CURRENT_LOCKSTEP.reset(token)  # the context is the caller's
 
-    completions: Any = llm.client.chat.completions  # a type checker takes `create` for read-only
-    completions.create = watched_create
-
-
-def ask_upstream(client: openai.OpenAI, request: dict[str, Any]) -> openai.Stream[object]:
-    """Send what `create` would send, and return the answer's chunks as JSON data, which `read_chunk` reads."""
-    return client.post("/chat/completions", body=request, cast_to=object, stream=True, stream_cls=openai.Stream[object])
-
-
-def read_upstream(stream: openai.Stream[object], with_usage: bool) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of an answer to its end, or until its client has left; raises an exception when the upstream
-    breaks off, or the client takes no chunk."""
-    finish_reason = None
-    for data in stream:
-        chunk = read_chunk(data, with_usage)
-        finish_reason = chunk.choices[0].finish_reason or finish_reason
-        yield chunk
-        if not wait_for_client():
-            return
-    if not finish_reason:
-        raise EOFError("the answer ended without a finish_reason")
+    try:
+        while chunk := await next_chunk():
+            # OpenAIGenerator has the upstream's own finish_reason in `meta`, other components have it in the field.
+            finish_reason = chunk.meta.setdefault("finish_reason", chunk.finish_reason)
+            if chunk.content or finish_reason:  # not for the usage, which comes last
+                is_whole = bool(finish_reason)
+            yield chunk
+            lockstep.chunk_taken()
+    finally:  # also when the client has left: Hayhooks then cancels the `await` or closes this generator at `yield`
+        lockstep.client_left()
+        await chunks.aclose()
 
 
-def read_chunk(data: Any, with_usage: bool) -> ChatCompletionChunk:
-    """Make a chunk with model, text, finish_reason and usage from JSON data of the upstream; raises an exception for
-    data that it cannot read.
+LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those that have an executor of this file
 
-    All else is left out: at an odd tool call, say, OpenAIGenerator would fail. The SDK's own way from JSON data to a
-    chunk takes several times as long.
+
+async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semaphore) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer while it holds a slot; raises HTTPException if there is none.
+
+    Each answer also holds a thread. asyncio's own executor has only min(32, cores + 4), so it is replaced, once for
+    each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS. It starts a
+    thread only when none is free.
     """
-    choice: Any = next(iter(data["choices"]), {})  # usage comes without a choice
-    text = encodable((choice.get("delta") or {}).get("content") or "")
-    finish_reason = choice.get("finish_reason")
-    chunk = new_chunk(text, encodable(str(finish_reason)) if finish_reason else None)
-    chunk.model = encodable(str(data.get("model", "")))
-    usage = data.get("usage") if with_usage else None  # some upstreams send it unasked
-    if usage:
-        with suppress(ValidationError):  # some send something else in its place, or half a surrogate pair in it
-            chunk.usage = CompletionUsage.model_validate_json(json.dumps(usage, ensure_ascii=False))
-    return chunk
+    if slots.locked():
+        raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+    loop = asyncio.get_running_loop()
+    if loop not in LOOPS:
+        LOOPS.add(loop)
+        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
+    async with slots, aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk
 
 
-def new_chunk(text: str = "", finish_reason: str | HTTPException | None = None) -> ChatCompletionChunk:
-    choice = chat_completion_chunk.Choice(index=0, delta=chat_completion_chunk.ChoiceDelta(content=text))
-    if finish_reason:  # `model_copy` does not check it: the SDK's type does not allow an HTTPException
-        choice = choice.model_copy(update={"finish_reason": finish_reason})
-    return ChatCompletionChunk(id="", object="chat.completion.chunk", created=0, model="", choices=[choice])
+# Failures
 
 
-def as_http_exception(error: Exception, request_id: str, key: str) -> HTTPException:
-    """Log why an answer failed, and return what its caller may know.
-
-    In log and answer, the key is replaced where the upstream quotes it whole, and each text is cut to 2000 characters.
-    """
-
-    def safe(text: object) -> str:
-        return encodable(str(text)).replace(key, "[key]")[:2000]
-
-    cause: BaseException = error  # the SDK's exception for a refused connection, say, holds the reason in another one
-    while cause.__cause__:
-        cause = cause.__cause__
-    status, headers, message = None, None, safe(cause)
-    if isinstance(error, openai.APIStatusError):
-        status, request_id, message = error.status_code, error.request_id or "", safe(read_error(error))
-        retry_after = safe(error.response.headers.get("Retry-After", ""))
-        if re.fullmatch("[ -~]+", retry_after):  # what a header can hold
-            headers = {"Retry-After": retry_after}
-    facts = (status, safe(request_id), type(cause).__name__, message)
-    log.error("The answer failed: status {}, request id {!r}, {}: {!r}", *facts)
-
-    if status in (400, 422):
-        return HTTPException(status, message)
-    if status == 429:
-        return HTTPException(status, message, headers)
-    if status in (401, 403):
-        return HTTPException(502, "The upstream refused the server's credentials.")
-    if "Timeout" in type(error).__name__:  # the SDK's, or httpx's, which older SDKs let through
-        return HTTPException(504, "The upstream did not answer in time.")
-    if type(error) is openai.APIError:  # the SDK raises exactly this for an error event in the answer
-        return HTTPException(502, message)
+def as_http_exception(error: Exception, key: str) -> HTTPException:
+    """Return what the caller of a failed answer may know."""
+    match error.__cause__:  # what the component raised; Haystack wraps it
+        case openai.APIStatusError(status_code=400 | 422 as status, body=message):
+            while not isinstance(message, str):  # OpenAI's form, FastAPI's, Gemini's or another
+                match message:
+                    case {"error": inner} | {"message": inner} | {"detail": inner} | {"msg": inner} | [inner, *_]:
+                        message = inner
+                    case _:
+                        message = str(message)
+            return HTTPException(status, replace_surrogates(message.replace(key, "[key]")))
+        case openai.APIStatusError(status_code=429 | 503 as status, response=response):
+            headers = {name: value for name, value in response.headers.items() if name.lower() == "retry-after"}
+            return HTTPException(status, "The upstream is busy: try again later.", headers)
+        case openai.APIStatusError(status_code=401 | 403):
+            return HTTPException(502, "The upstream refused the server's credentials.")
+        case cause if "Timeout" in type(cause).__name__:  # the SDK's, or httpx's, which openai 2 lets through
+            return HTTPException(504, "The upstream did not answer in time.")
     return HTTPException(502, "The answer could not be completed.")
 
 
-def read_error(error: openai.APIStatusError) -> str:
-    """Return the upstream's message from an answer that reports an error."""
-    match error.body:
-        case {"message": str(text)} | {"detail": str(text)} | str(text) if text:  # OpenAI's form, FastAPI's, or text
-            return text
-    return error.response.text or str(error)
+# The response
 
 
-def encodable(text: str) -> str:
-    """Put U+FFFD in the place of half a surrogate pair, which would cut the stream, as UTF-8 cannot carry it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+async def as_events(
+    chunk: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str, include_usage: bool
+) -> AsyncGenerator[ChatCompletion]:
+    """Yield the events of a stream, from its first chunk and the others.
 
-
-# The answer
-
-
-async def answer_caller(
-    chunks: AsyncGenerator[StreamingChunk], model: str, body: dict[str, Any]
-) -> AsyncGenerator[StreamingChunk] | AsyncGenerator[ChatCompletion] | ChatCompletion:
-    """Return an answer in the form that its caller expects; raises HTTPException."""
-    # A request to /v1/chat/completions always has `stream`; Hayhooks' A2A server and `run_api_async` send none.
-    if "stream" not in body:
-        return chunks
-    events = as_events(chunks, model)
-    if not body["stream"]:
-        return await collect_completion(events)
-    # The response begins when this function returns. Until then a failure can still be its status.
-    first = await anext(events)
-    return stream_completion(first, events)
-
-
-async def as_events(chunks: AsyncGenerator[StreamingChunk], model: str) -> AsyncGenerator[ChatCompletion]:
-    """Yield the events of a stream, at least one; raises HTTPException. If Hayhooks made them, usage would be lost."""
-    head: dict[str, Any] = {
+    An answer that fails ends with an event that says so: without it, the answer would look complete.
+    """
+    head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk",
         "created": int(time.time()),
         "model": model,
     }
-    finish_reason, usage = None, None
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            finish_reason = chunk.meta.get("finish_reason") or finish_reason
-            usage = chunk.meta.get("usage") or usage
-            # From the finish_reason on, empty chunks are left out: it and usage go out last, below.
-            if chunk.content or not finish_reason:
-                yield ChatCompletion(**head, choices=[delta(chunk.content)])
-    # "stop" for a component that gives no finish_reason; an answer of OpenAIGenerator without one has failed.
-    yield ChatCompletion(**head, choices=[delta("", finish_reason or "stop")])
-    if usage:
-        yield ChatCompletion(**head, choices=[], usage=usage)
 
+    def event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return Event({**head, "choices": [choice]})
 
-def delta(text: str, finish_reason: str | None = None) -> Choice:
-    return Choice(index=0, delta=Message(role="assistant", content=text), finish_reason=finish_reason)
-
-
-async def stream_completion(
-    first: ChatCompletion, others: AsyncGenerator[ChatCompletion]
-) -> AsyncGenerator[ChatCompletion]:
-    """Yield the events of a stream, and one with `error` if the answer fails. Without that one the answer would break
-    off, and look like a lost connection."""
+    usage = None
     try:
         async with aclosing(others):
-            yield first
-            async for event in others:
-                yield event
+            yield event({"role": "assistant", "content": ""})
+            while chunk:
+                finish_reason = chunk.meta["finish_reason"]
+                usage = chunk.meta.get("usage") or usage
+                if chunk.content or finish_reason:
+                    yield event({"content": chunk.content} if chunk.content else {}, finish_reason)
+                chunk = await anext(others, None)
+        if usage and include_usage:
+            yield Event({**head, "choices": [], "usage": usage})
     except HTTPException as failure:
-        yield first.model_copy(update={"choices": [], "error": {"message": failure.detail, "type": "server_error"}})
+        yield Event({"error": {"message": failure.detail, "type": "server_error"}})
+    yield Event("[DONE]")
 
 
-async def collect_completion(events: AsyncGenerator[ChatCompletion]) -> ChatCompletion:
-    """Join the events of a stream to one whole chat completion; raises HTTPException."""
-    all_events = [event async for event in events]
-    choices = [choice for event in all_events for choice in event.choices]
-    text = "".join(choice.delta.content or "" for choice in choices if choice.delta)
-    message = Message(role="assistant", content=text)
-    choice = Choice(index=0, message=message, finish_reason=choices[-1].finish_reason)
-    last = all_events[-1]  # which holds the usage, if there is any
-    return last.model_copy(update={"object": "chat.completion", "choices": [choice]})
+class Event(ChatCompletion):
+    """An event that Hayhooks sends as it is. Its own have a null for each missing field, on which OpenAI's Node SDK
+    throws, and other keys beside `error`, with which some clients take a failed answer for complete."""
+
+    _json: str
+
+    def __init__(self, data: dict[str, Any] | str) -> None:
+        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])  # never sent
+        self._json = data if isinstance(data, str) else json.dumps(data)
+
+    def model_dump_json(self, **_: Any) -> str:
+        return self._json
 
 
-# To adapt this file
-#
-# Once the component has a `run_async`, delete the parts about the thread and about the upstream, the call of
-# `watch_upstream`, MAX_CONCURRENT_STREAMS and `allow_sync_streaming_callbacks=True`, and write `chunks` in place of
-# `in_step(chunks)`. Clients that leave, failures and a limit on streams are then up to the component and to Hayhooks.
-#
-# With a component of your own, in this file, that does not use the OpenAI SDK, delete the part about the upstream, the
-# call of `watch_upstream` and MAX_CONCURRENT_STREAMS, and put the component's inputs into `pipeline_run_args`. In its
-# loop, after each chunk, call `wait_for_client()`, and end the loop when it returns False. A chunk's `meta` can hold
-# `finish_reason` and `usage`. An exception is a 500, or an error event in a stream that has begun. For another status
-# send a chunk with an HTTPException as `finish_reason`.
-#
-# A component whose loop you cannot change streams as it is, but goes on to its end when the client has left.
+def as_completion(chunks: list[StreamingChunk], model: str) -> ChatCompletion:
+    """Join the chunks of an answer to one whole completion."""
+    meta = {name: value for chunk in chunks for name, value in chunk.meta.items() if value}
+    message = Message(role="assistant", content="".join(chunk.content for chunk in chunks))
+    return ChatCompletion(
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        object="chat.completion",
+        created=int(time.time()),
+        model=model,
+        choices=[Choice(index=0, message=message, finish_reason=meta.get("finish_reason"))],
+        usage=meta.get("usage"),
+    )

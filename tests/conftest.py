@@ -1,16 +1,22 @@
 """One upstream for all tests, two Hayhooks servers, and clients to talk to them."""
 
-import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from harness.client import Chat
-from harness.serving import EXAMPLE, KEY, Server, deployed
+from harness.serving import KEY, TESTS_OTHER_WRAPPER, WRAPPER, Server, deployed, load_wrapper
 from harness.upstream import Upstream
 
-sys.path.insert(0, str(EXAMPLE))  # for tests of a single function
+# What is said of this folder, and not of every wrapper that keeps the contract.
+THIS_FOLDER = ["test_commands.py", "test_local_model.py", "test_readme.py", "test_shape.py"]
+collect_ignore = THIS_FOLDER if TESTS_OTHER_WRAPPER else []
 
-from pipeline_wrapper import PipelineWrapper
+
+def pytest_report_header() -> list[str]:
+    if not TESTS_OTHER_WRAPPER:
+        return []
+    return [f"wrapper: {WRAPPER}", f"left out, as they test this folder: {', '.join(THIS_FOLDER)}"]
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +50,20 @@ def small_server(shared_upstream: Upstream) -> Iterator[Server]:
 
 @pytest.fixture
 def small(small_server: Server, upstream: Upstream) -> Chat:
-    """A client of a server that waits one second for the upstream, and has eight places."""
+    """A client of a server that waits one second for the upstream, and has eight slots."""
     return Chat(small_server)
 
 
+@pytest.fixture(scope="session")
+def wrapper_class() -> Any:
+    return load_wrapper().PipelineWrapper
+
+
 @pytest.fixture
-def wrapper(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> PipelineWrapper:
+def wrapper(wrapper_class: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class itself, for Python code that uses it without a server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", upstream.url)
-    wrapper = PipelineWrapper()
+    wrapper = wrapper_class()
     wrapper.setup()
     return wrapper

@@ -35,8 +35,8 @@ QUESTIONS = [
 HEADER = "Content-Type: application/json"
 # Anybody's python3 will do: it reads a line as soon as it comes.
 AS_TEXT = (
-    'import json, sys; [print(choice["delta"]["content"], end="") for line in sys.stdin if line.startswith("data: {") '
-    'for choice in json.loads(line[6:])["choices"]]; print()'
+    'import json, sys; [print(choice["delta"].get("content", ""), end="") for line in sys.stdin '
+    'if line.startswith("data: {") for choice in json.loads(line[6:])["choices"]]; print()'
 )
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -88,7 +88,7 @@ def ask(server: Server, question: str) -> None:
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     sys.exit(reason(server, chunk["error"]["message"]))
-                text = "".join(choice["delta"]["content"] for choice in chunk["choices"])
+                text = "".join(choice["delta"].get("content", "") for choice in chunk["choices"])
                 if text:
                     answered.set()
                 print(text, end="", flush=True)
@@ -103,7 +103,7 @@ def reason(server: Server, answer: str) -> str:
     """Return what the client got, which says little on purpose, and the server log's own words."""
     with contextlib.suppress(ValueError, KeyError):
         answer = json.loads(answer)["detail"]
-    logged = re.findall("The answer failed: .*", server.log)
+    logged = re.findall("^Error: (.*)", server.log, re.MULTILINE)  # what the component raised
     return "\n".join([answer, *(f"The server's log says: {line}" for line in logged[-1:])])
 
 

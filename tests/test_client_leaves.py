@@ -1,4 +1,4 @@
-"""A client that leaves stops the upstream, and gives its thread and its place back."""
+"""A client that leaves stops the upstream, and frees its thread and its slot."""
 
 import asyncio
 import contextlib
@@ -8,13 +8,9 @@ from typing import Any
 
 import psutil
 import pytest
-from harness.client import Chat, text_of, texts_of
-from harness.serving import KEY, WRAPPER, Server, deployed
+from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.serving import KEY, TESTS_OTHER_WRAPPER, WRAPPER, Server, deployed
 from harness.upstream import Reply, Upstream
-from hayhooks import async_streaming_generator
-
-import pipeline_wrapper
-from pipeline_wrapper import PipelineWrapper
 
 LONG = [f"{number} " for number in range(10_000)]
 
@@ -48,11 +44,10 @@ def send_and_leave(chat: Chat, upstream: Upstream, stream: bool = True) -> None:
 )
 def test_the_upstream_is_closed_within_two_chunks(chat: Chat, upstream: Upstream, reply: Reply) -> None:
     upstream.reply = reply
-    with chat.open() as events:
+    with chat.open():
         for _ in range(5):
-            next(events)
             upstream.release()
-        upstream.wait_until(lambda: upstream.received[0].sent == 5)
+            upstream.wait_until(lambda: upstream.received[0].sent == upstream.released)
     for _ in range(2):
         upstream.release()
         upstream.wait_until(lambda: upstream.received[0].over or upstream.received[0].sent == upstream.released)
@@ -75,7 +70,7 @@ def test_nothing_is_logged_about_it(upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_leaving_before_the_first_chunk_gives_the_place_back(small: Chat, upstream: Upstream, stream: bool) -> None:
+def test_leaving_before_the_first_chunk_frees_the_slot(small: Chat, upstream: Upstream, stream: bool) -> None:
     upstream.reply = Reply(role=False, tokens=["one", "two", "three"], gated=True)
     for _ in range(8):
         send_and_leave(small, upstream, stream)
@@ -88,36 +83,48 @@ def test_leaving_before_the_first_chunk_gives_the_place_back(small: Chat, upstre
         assert text_of(events) == "Hello, world!"
 
 
-def test_a_client_that_reads_no_more_loses_its_stream(upstream: Upstream, tmp_path: Path) -> None:
+@pytest.mark.skipif(TESTS_OTHER_WRAPPER, reason="shortens the minute in this folder's wrapper")
+def test_a_client_that_reads_no_more_fails_and_finds_the_failure(upstream: Upstream, tmp_path: Path) -> None:
+    code, impatient = WRAPPER.read_text(), tmp_path / "impatient.py"
+    assert code.count("timeout=60") == 1
+    impatient.write_text(code.replace("timeout=60", "timeout=1"))
     upstream.reply = Reply(["x" * 64 * 1024] * 10_000, pace=0.001)
-    impatient = tmp_path / "impatient.py"
-    impatient.write_text(f"{WRAPPER.read_text()}\nPATIENCE = 1\n")
     with deployed(wrapper=impatient, OPENAI_BASE_URL=upstream.url) as server, Chat(server).open() as events:
         next(texts_of(events))
         wait_until_over(upstream)
+        rest = list(events)
+        assert rest[-1] == {"error": {"message": "The answer could not be completed.", "type": "server_error"}}
+        assert not finish_reasons(rest)
 
 
-def test_a_stream_that_is_closed_closes_all_below_it(
-    wrapper: PipelineWrapper, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def leave(chunks: Any) -> None:
+    await anext(chunks)
+    await chunks.aclose()
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True}], ids=["chunks", "events"])
+def test_python_code_that_leaves_stops_the_upstream(wrapper: Any, upstream: Upstream, body: dict[str, Any]) -> None:
     upstream.reply = Reply(LONG, pace=0.01)
-    opened = []
 
-    def note(**arguments: Any) -> Any:
-        opened.append(async_streaming_generator(**arguments))
-        return opened[-1]
+    async def ask_and_leave() -> None:
+        await leave(await wrapper.run_chat_completion_async("", [{"role": "user", "content": "Hi"}], body))
 
-    monkeypatch.setattr(pipeline_wrapper, "async_streaming_generator", note)
-
-    async def open_and_close() -> None:
-        messages = [{"role": "user", "content": "Hi"}]
-        stream = await wrapper.run_chat_completion_async("", messages, {"stream": True})
-        await anext(stream)
-        await stream.aclose()
-        assert opened[0].ag_frame is None
-
-    asyncio.run(open_and_close())
+    asyncio.run(ask_and_leave())
     wait_until_over(upstream)
+
+
+def test_a_pipeline_of_ones_own_is_not_stopped_by_a_client_that_left(wrapper: Any, upstream: Upstream) -> None:
+    texts: list[str] = []
+
+    async def leave_and_run() -> Any:
+        await leave(await wrapper.run_chat_completion_async("", [{"role": "user", "content": "Hi"}], {}))
+        upstream.reply = Reply()
+        streaming = {"streaming_callback": lambda chunk: texts.append(chunk.content)}
+        return await wrapper.pipeline.run_async({"prompt": {"conversation": "Hi"}, "llm": streaming})
+
+    upstream.reply = Reply(LONG, pace=0.01)
+    assert asyncio.run(leave_and_run())["llm"]["replies"] == ["Hello, world!"]
+    assert "".join(texts) == "Hello, world!"
 
 
 def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:

@@ -112,8 +112,7 @@ def test_a_dead_upstream_is_named_in_the_words_of_the_log() -> None:
     with demo("--once", OPENAI_API_KEY="k", OPENAI_BASE_URL=f"http://127.0.0.1:{free_port()}/v1") as started:
         last = rest_of(started).splitlines()[-1]
     assert started.returncode == 1
-    assert "The answer failed: " in last
-    assert "Connection refused" in last
+    assert last == "The server's log says: Connection error."
 
 
 def test_an_unknown_model_is_named_in_the_words_of_the_upstream(upstream: Upstream) -> None:
@@ -128,7 +127,7 @@ def test_a_refused_deploy_gives_its_reason_in_a_line() -> None:
         last = rest_of(started).splitlines()[-1]
     assert started.returncode == 1
     assert "deploy was refused" in last
-    assert "OPENAI_API_KEY must be" in last
+    assert "OPENAI_API_KEY" in last
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:

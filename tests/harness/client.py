@@ -12,10 +12,10 @@ from harness.serving import NAME, Server, wait_until
 
 
 class Chat:
-    """A client of one server."""
+    """A client of one server, whose streams end with `[DONE]` unless told otherwise."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, server: Server, done: bool = True) -> None:
+        self.server, self.done = server, done
         self.http = httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None))
         self.sdk = openai.OpenAI(api_key="unused", base_url=f"{server.url}/v1", max_retries=0)
 
@@ -39,7 +39,7 @@ class Chat:
             if response.is_error:
                 response.read()
             response.raise_for_status()
-            yield events_of(response.iter_raw())
+            yield events_of(response.iter_raw(), self.done)
 
     @contextlib.contextmanager
     def open_patiently(self, messages: Any = "Hi") -> Iterator[Iterator[dict[str, Any]]]:
@@ -64,18 +64,26 @@ class Chat:
             return list(events)
 
 
-def events_of(content: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """Parse the events of a body; httpx.iter_lines would also split at U+2028, which an event may hold."""
-    rest = b""
+def events_of(content: Iterator[bytes], done: bool = True) -> Iterator[dict[str, Any]]:
+    """Parse the events of a body, which must end with `[DONE]` unless told otherwise.
+
+    httpx.iter_lines would also split at U+2028, which an event may hold.
+    """
+    rest, ended = b"", False
     for piece in content:
         *events, rest = (rest + piece).split(b"\n\n")
-        yield from (json.loads(event.removeprefix(b"data: ")) for event in events)
+        for event in events:
+            assert not ended, f"after [DONE] came {event!r}"
+            ended = event == b"data: [DONE]"
+            if not ended:
+                yield json.loads(event.removeprefix(b"data: "))
     assert rest == b"", f"the stream broke off within an event: {rest!r}"
+    assert ended or not done, "the stream did not end with [DONE]"
 
 
 def content_of(event: dict[str, Any]) -> str:
     """Return the text of an event, of which one that names a role, a finish_reason, usage or an error has none."""
-    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    return "".join(choice["delta"].get("content", "") for choice in event.get("choices", []))
 
 
 def texts_of(events: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -88,4 +96,5 @@ def text_of(events: Iterable[dict[str, Any]]) -> str:
 
 
 def finish_reasons(events: Iterable[dict[str, Any]]) -> list[str]:
-    return [choice["finish_reason"] for event in events for choice in event["choices"] if choice["finish_reason"]]
+    choices = [choice for event in events for choice in event.get("choices", [])]
+    return [choice["finish_reason"] for choice in choices if choice["finish_reason"]]

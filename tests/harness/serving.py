@@ -1,10 +1,12 @@
 """Start Hayhooks and deploy a wrapper to it the way a user does: `hayhooks run`, then `deploy-files`."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = Path(__file__).resolve().parents[2]
-WRAPPER = EXAMPLE / "pipeline_wrapper.py"
+# The wrapper under test, a file or a folder: this folder's, or the one that `./tests/run test --wrapper` names.
+WRAPPER = Path(os.environ.get("WRAPPER") or EXAMPLE / "pipeline_wrapper.py")
+TESTS_OTHER_WRAPPER = "WRAPPER" in os.environ
 NAME = "async_hybrid_streaming"
 KEY = "sk-test-0123456789abcdef"
 HAYHOOKS = f"{sysconfig.get_path('scripts')}/hayhooks"
@@ -42,7 +46,7 @@ class Server:
     def deploy(self, wrapper: Path = WRAPPER, name: str = NAME) -> None:
         """Deploy a copy of the wrapper alone with the CLI; raise DeployError with its output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
-            shutil.copy(wrapper, Path(clean) / "pipeline_wrapper.py")
+            copy_wrapper(wrapper, Path(clean))
             command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, "--overwrite", clean]
             done = subprocess.run(
                 command,
@@ -54,6 +58,28 @@ class Server:
             )
         if done.returncode:
             raise DeployError(done.stdout)
+
+
+def copy_wrapper(wrapper: Path, folder: Path) -> None:
+    """Copy a wrapper into a folder: a file, under the name that Hayhooks looks for, or a folder without its tests."""
+    if wrapper.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(wrapper, folder / "pipeline_wrapper.py")
+    else:
+        left_out = shutil.ignore_patterns(".*", "__pycache__", "tests")
+        shutil.copytree(wrapper, folder, ignore=left_out, dirs_exist_ok=True)
+
+
+def load_wrapper(wrapper: Path = WRAPPER) -> Any:
+    """Return the module of a wrapper, for Python code that uses its class without a server."""
+    file = wrapper if wrapper.is_file() else wrapper / "pipeline_wrapper.py"
+    sys.path.insert(0, str(file.parent))  # for what it imports from its own folder
+    specification = importlib.util.spec_from_file_location("pipeline_wrapper", file)
+    assert specification
+    assert specification.loader
+    module = sys.modules["pipeline_wrapper"] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:
@@ -110,12 +136,7 @@ def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **va
     port = int(variables.get("HAYHOOKS_PORT") or free_port())
     with tempfile.TemporaryDirectory() as folder:
         if wrapper:
-            place = Path(folder) / "pipelines" / NAME
-            if Path(wrapper).is_dir():
-                shutil.copytree(wrapper, place)
-            else:
-                place.mkdir(parents=True)
-                shutil.copy(wrapper, place / "pipeline_wrapper.py")
+            copy_wrapper(Path(wrapper), Path(folder) / "pipelines" / NAME)
         ours = ("OPENAI_", "HAYHOOKS_", "MAX_CONCURRENT_STREAMS")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment = {

@@ -27,7 +27,7 @@ class Reply:
     """
 
     tokens: Sequence[Any] = ("Hello", ", ", "world", "!")
-    besides: dict[str, Any] = field(default_factory=dict)  # what else each token's delta holds
+    raw: str = ""  # sent as it is, in place of all else but the end
     role: bool = True
     thoughts: int = 0
     pace: float = 0.0
@@ -35,9 +35,7 @@ class Reply:
     finish_reason: Any = "stop"
     finish_first: bool = False  # with each token, and not in a chunk of its own
     usage: Any = field(default_factory=USAGE.copy)
-    usage_unasked: bool = False
-    usage_early: bool = False  # with the last token, too
-    then: Literal["end", "late text", "break", "stall", "error", "nonsense", "no choices"] = "end"
+    then: Literal["end", "break", "stall", "error"] = "end"
     error: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -162,41 +160,39 @@ class Upstream:
             choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
             return await self.send_json(send, 200, {**self.frame("", received), "choices": [choice], "usage": USAGE})
         await self.start(send, 200, {"content-type": "text/event-stream", **reply.headers})
+        if reply.raw:
+            await send(body(reply.raw.encode()))
+        else:
+            await self.send_chunks(received, reply, send)
+        if reply.then == "stall":
+            await asyncio.Event().wait()
+        if reply.then == "break":
+            raise ConnectionAbortedError
+        await send(body(b"", more=False))
+
+    async def send_chunks(self, received: Received, reply: Reply, send: Any) -> None:
         if reply.role:
             await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
         begin = self.loop.time()
-        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [
-            {"content": token, **reply.besides} for token in reply.tokens
-        ]
+        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [{"content": token} for token in reply.tokens]
         for number, delta in enumerate(deltas, start=1):
             if reply.gated:
                 await self.is_released(number)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
-            usage = reply.usage if reply.usage_early and number == len(deltas) else None
-            await self.send_choice(send, received, delta, reply.finish_reason if reply.finish_first else None, usage)
+            await self.send_choice(send, received, delta, reply.finish_reason if reply.finish_first else None)
             self.note(received, sent=number)
         if reply.gated:
             await self.is_released(len(deltas) + 1)
-        if reply.then == "late text":
-            await self.send_choice(send, received, delta={"content": ", late"})
-        if reply.then == "no choices":
-            await send(event({"choices": None}))
-        if reply.then in ("stall", "no choices"):
-            await asyncio.Event().wait()
-        if reply.then == "break":
-            raise ConnectionAbortedError
         if reply.then == "error":
             await send(event({"error": reply.error}))
-        elif reply.then == "nonsense":
-            await send(body(b"data: {not JSON\n\n"))
-        elif reply.finish_reason:
-            if not reply.finish_first:
+        elif reply.then == "end":
+            if reply.finish_reason and not reply.finish_first:
                 await self.send_choice(send, received, finish_reason=reply.finish_reason)
-            if reply.usage_unasked or (received.body.get("stream_options") or {}).get("include_usage"):
+            if (received.body.get("stream_options") or {}).get("include_usage"):
                 await send(event({**self.frame(".chunk", received), "choices": [], "usage": reply.usage}))
-        await send(body(b"data: [DONE]\n\n"))
-        await send(body(b"", more=False))
+        if reply.then in ("end", "error"):
+            await send(body(b"data: [DONE]\n\n"))
 
     def frame(self, kind: str, received: Received) -> dict[str, Any]:
         return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": received.body["model"]}
@@ -207,10 +203,9 @@ class Upstream:
         received: Received,
         delta: Any = None,
         finish_reason: Any = None,
-        usage: Any = None,
     ) -> None:
         choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
-        await send(event({**self.frame(".chunk", received), "choices": [choice], "usage": usage}))
+        await send(event({**self.frame(".chunk", received), "choices": [choice], "usage": None}))
 
     async def start(self, send: Any, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
