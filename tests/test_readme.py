@@ -1,8 +1,10 @@
 """What README.md says is what happens: its commands and its code run, its tables are the code's."""
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +15,28 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from harness.client import Chat, finish_reasons, text_of, texts_of
 from harness.readme import block, blocks, example_with, python_block
-from harness.serving import EXAMPLE, KEY, NAME, WRAPPER, DeployError, deployed, free_port, hayhooks, running, wait_until
+from harness.serving import (
+    EXAMPLE,
+    KEY,
+    NAME,
+    deployed,
+    free_port,
+    load_wrapper,
+    running,
+    wait_until,
+)
 from harness.upstream import Reply, Upstream
-
-import pipeline_wrapper
+from hayhooks.settings import AppSettings
+from kubernetes_validate.utils import validate as validate_manifest
+from packaging.requirements import Requirement
 
 README = (EXAMPLE / "README.md").read_text()
 SHELL = [block for block in blocks() if block.language == "bash"]
 WORKERS = block("bash", name="workers")
+HAYSTACK_3 = Path(sys.prefix) / "haystack3"
 
 
 # The commands
@@ -140,6 +154,86 @@ def test_the_workers_block_serves_from_every_worker(checkout: Checkout) -> None:
         assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", checkout.log))) == 2
 
 
+def dockerfile() -> dict[str, str]:
+    """Return the Dockerfile's instructions, of which each comes once."""
+    lines = block("dockerfile").splitlines()
+    instructions = dict(line.split(" ", 1) for line in lines)
+    assert len(instructions) == len(lines)
+    return instructions
+
+
+@pytest.mark.skipif(not HAYSTACK_3.exists(), reason="one environment of the two is enough: ./tests/run test runs it")
+def test_the_container_serves_the_example(upstream: Upstream, tmp_path: Path) -> None:
+    instructions = dockerfile()
+    image, app = tmp_path / "image", tmp_path / "app"
+    subprocess.run([sys.executable, "-m", "venv", image], check=True)
+    environment = {"PATH": f"{image}/bin{os.pathsep}{os.environ['PATH']}", "HOME": "/nonexistent"}
+    subprocess.run(["sh", "-euc", instructions["RUN"]], env={**os.environ, **environment}, check=True)
+    copied, folder = instructions["COPY"].replace("/app", str(app)).split()
+    Path(folder).mkdir(parents=True)
+    shutil.copy(EXAMPLE / copied, folder)
+    port = free_port()
+    command = [part.replace("/app", str(app)) for part in json.loads(instructions["CMD"])]
+    command[0] = str(image / "bin" / command[0])
+    variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "HAYHOOKS_PORT": str(port)}
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/status", cwd=app, env={**environment, **variables}):
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"] == "Hello, world!"
+
+
+def test_the_versions_of_the_container_are_in_the_ranges() -> None:
+    pinned = dict(re.findall(r"([a-z-]+)==(\S+)", dockerfile()["RUN"]))
+    for line in (EXAMPLE / "requirements.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        assert pinned.pop(requirement.name) in requirement.specifier
+    assert not pinned
+
+
+def test_the_manifest_is_what_kubernetes_takes() -> None:
+    manifests = list(yaml.safe_load_all(block("yaml", name="kubernetes")))
+    assert [manifest["kind"] for manifest in manifests] == ["Deployment", "Service"]
+    for manifest in manifests:
+        validate_manifest(manifest, "1.30", strict=True)
+    pod = manifests[0]["spec"]["template"]["spec"]
+    variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+    assert pod["terminationGracePeriodSeconds"] > int(variables["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"])
+    assert set(variables) <= set(VARIABLES)
+    assert manifests[1]["spec"]["selector"] == manifests[0]["spec"]["template"]["metadata"]["labels"]
+
+
+def test_the_app_of_ones_own_authenticates_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
+    (checkout.folder / "app.py").write_text(python_block("create_app").replace("1416", str(checkout.port)))
+    checkout.run(f"mkdir -p pipelines/{NAME}; cp pipeline_wrapper.py pipelines/{NAME}")
+    checkout.environment.update(CLIENT_KEY="geheim", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
+    url = f"http://127.0.0.1:{checkout.port}"
+    client = httpx.Client(base_url=url, timeout=60)
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    python = shlex.quote(sys.executable)
+    with subprocess.Popen(
+        ["sh", "-euc", f"exec {python} app.py"], cwd=checkout.folder, env=checkout.environment
+    ) as app:
+        try:
+            wait_until(lambda: answers(client), "the app")
+            assert client.post("/v1/chat/completions", json=body).status_code == 401
+            assert not upstream.received
+            upstream.reply = Reply(["token "] * 1000, pace=0.02)
+            headers = {"Authorization": "Bearer geheim"}
+            with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+                assert any(b"token " in content for content in response.iter_raw())
+            upstream.wait_until(lambda: upstream.received[0].over)
+            assert upstream.received[0].left
+        finally:
+            app.terminate()
+
+
+def answers(client: httpx.Client) -> bool:
+    with contextlib.suppress(httpx.ConnectError):
+        return client.get("/status").status_code == 401
+    return False
+
+
 def test_the_commands_of_the_script_are_in_the_readmes() -> None:
     usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
     named = re.findall(r"\./tests/run (\w+)", README + (EXAMPLE / "tests" / "README.md").read_text())
@@ -149,20 +243,61 @@ def test_the_commands_of_the_script_are_in_the_readmes() -> None:
 # The code
 
 
-def test_the_core_of_the_class_is_the_files() -> None:
-    wanted = [line.strip() for line in python_block("...", "setup").splitlines() if line.strip() not in ("", "...")]
-    lines = (line.strip() for line in WRAPPER.read_text().splitlines())
-    assert all(line in lines for line in wanted)  # `in` moves the iterator on, so the order counts
+def test_the_plain_version_is_printed_whole() -> None:
+    plain = (EXAMPLE / "tests" / "harness" / "plain_wrapper.py").read_text()
+    assert plain in [block.code for block in blocks()]
 
 
 def test_without_the_argument_hayhooks_raises(upstream: Upstream, tmp_path: Path) -> None:
-    code = python_block("def run_chat_completion_async", "Speaker")
-    strict = tmp_path / "strict.py"
-    strict.write_text(example_with(code.replace("            allow_sync_streaming_callbacks=True,\n", "")))
+    argument = "            allow_sync_streaming_callbacks=True,\n"
+    code, strict = python_block("get_last_user_message"), tmp_path / "strict.py"
+    assert argument in code
+    strict.write_text(code.replace(argument, ""))
     [error] = [block.code for block in blocks() if block.code.startswith("ValueError: ")]
-    sentence = error.removeprefix("ValueError: ").split(" …")[0].replace("OpenAIGenerator", "Speaker")
-    with deployed(wrapper=strict) as server:
+    sentence = error.removeprefix("ValueError: ").split(" …")[0]
+    with deployed(wrapper=strict, OPENAI_BASE_URL=upstream.url) as server:
         assert sentence in Chat(server).post().text
+
+
+def test_a_default_system_prompt_and_temperature(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "defaults.py"
+    file.write_text(example_with(python_block("generation_kwargs={")))
+    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
+        Chat(server).post()
+        Chat(server).post([{"role": "system", "content": "Rhyme."}, *HI], temperature=1)
+    default, sent = (one.body for one in upstream.received)
+    assert (default["messages"][0]["content"], default["temperature"]) == ("Answer in one sentence.", 0.2)
+    assert (sent["messages"][0]["content"], sent["temperature"]) == ("Rhyme.", 1)
+
+
+def test_a_retriever_in_front_of_the_prompt(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "rag.py"
+    file.write_text(example_with(python_block("InMemoryBM25Retriever")))
+    question = "When is lunch?"
+    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
+        assert text_of(Chat(server).events(question)) == "Hello, world!"
+    assert upstream.received[0].body["messages"][0]["content"] == f"Lunch is at noon.\n\n{question}"
+
+
+def test_two_components_stream_and_stop(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "two.py"
+    file.write_text(example_with(python_block('"second"')))
+    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
+        chat = Chat(server)
+        assert sorted(texts_of(chat.events())) == sorted(["Hello", ", ", "world", "!"] * 2)
+        upstream.forget()
+        upstream.reply = Reply([f"{number} " for number in range(10_000)], pace=0.02)
+        with chat.open() as events:
+            for _ in range(6):
+                next(texts_of(events))
+        upstream.wait_until(lambda: len(upstream.received) == 2 and all(one.over for one in upstream.received))
+        assert all(one.left for one in upstream.received)
+        # One that fails while the other has finished is a failure.
+        upstream.forget()
+        upstream.reply = lambda body: (
+            Reply() if len(upstream.received) % 2 else Reply(["x"] * 50, then="break", pace=0.01)
+        )
+        assert "error" in chat.events()[-1]
 
 
 def test_azure_openai_generator_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
@@ -190,21 +325,20 @@ def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
     with deployed(wrapper=own) as server:
         spoken = Chat(server).events("one two three")
         assert list(texts_of(spoken)) == ["one ", "two ", "three "]
-        assert finish_reasons(spoken) == ["stop"]
+        assert finish_reasons(spoken) == []
         [whole] = Chat(server).post("one two").json()["choices"]
-        assert (whole["message"]["content"], whole["finish_reason"]) == ("one two ", "stop")
+        assert (whole["message"]["content"], whole["finish_reason"]) == ("one two ", None)
 
     loop, end = "for word in words:", "        return {"
     assert loop in code
     assert end in code
 
-    # The same with a failure of the component's own choice, before the first word.
-    failure = 'StreamingChunk("", meta={"finish_reason": HTTPException(429, "Too fast.")})'
-    own.write_text(example_with(code.replace(loop, f"streaming_callback({failure})\n        {loop}")))
+    # The same with a failure, before the first word.
+    own.write_text(example_with(code.replace(loop, f"raise RuntimeError('my secret')\n        {loop}")))
     with deployed(wrapper=own) as server:
         for stream in (True, False):
-            refused = Chat(server).post("one two", stream=stream)
-            assert (refused.status_code, refused.json()) == (429, {"detail": "Too fast."})
+            failed = Chat(server).post("one two", stream=stream)
+            assert (failed.status_code, failed.json()) == (502, {"detail": "The answer could not be completed."})
 
     # The same with a loop that does not end by itself, and leaves a file behind when it does.
     endless = code.replace(loop, "for word in iter(lambda: words[0], None):")
@@ -217,8 +351,10 @@ def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
 
 def test_a_pipeline_from_yaml_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
     (tmp_path / "pipeline_wrapper.py").write_text(example_with(python_block("AsyncPipeline.loads")))
-    yaml = block("yaml").replace("model: gpt-5-mini", f"model: gpt-5-mini\n      api_base_url: {upstream.url}")
-    (tmp_path / "pipeline.yml").write_text(yaml)
+    definition = block("yaml", name="pipeline").replace(
+        "model: gpt-5-mini", f"model: gpt-5-mini\n      api_base_url: {upstream.url}"
+    )
+    (tmp_path / "pipeline.yml").write_text(definition)
     with deployed(wrapper=tmp_path) as server:
         chat = Chat(server)
         assert text_of(chat.events([{"role": "system", "content": "Be brief."}, *HI])) == "Hello, world!"
@@ -232,7 +368,6 @@ HI = [{"role": "user", "content": "Hi"}]
 
 # The move to Haystack 3
 
-HAYSTACK_3 = Path(sys.prefix) / "haystack3"
 needs_haystack_3 = pytest.mark.skipif(
     not HAYSTACK_3.exists(), reason="Haystack 3 is missing: ./tests/run test brings it"
 )
@@ -258,7 +393,7 @@ def step(
     file = tmp_path_factory.mktemp("step") / "step.py"
     file.write_text(listing(request.param))
     with deployed(wrapper=file, OPENAI_BASE_URL=shared_upstream.url, PYTHONPATH=on(request.param)) as server:
-        yield request.param, Chat(server)
+        yield request.param, Chat(server, done=False)
 
 
 def test_a_step_streams_a_conversation(step: tuple[int, Chat], upstream: Upstream) -> None:
@@ -287,35 +422,41 @@ def test_a_client_that_leaves_stops_the_upstream_from_step_2_on(step: tuple[int,
     assert upstream.received[0].left == (haystack == 3)
 
 
-@needs_haystack_3
-def test_this_example_refuses_haystack_3() -> None:
-    with hayhooks(OPENAI_API_KEY=KEY, PYTHONPATH=on(3)) as server, pytest.raises(DeployError) as refused:
-        server.deploy()
-    message = " ".join(str(refused.value).split())
-    assert "This example needs haystack-ai 2.x" in message
-    assert "pip install -r requirements.txt" in message
-
-
 # The tables
 
 
-def test_the_pieces_in_the_table_are_the_files() -> None:
-    [table] = re.findall(r"what stands against it \|\n((?:\|.*\n)*)", README)
-    named = {name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split("|")[2])}
-    missing = {name for name in named if not hasattr(pipeline_wrapper, name)} - {"try"}
-    assert named
-    assert not missing
+VARIABLES = {
+    name: default
+    for names, default in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| (.+?) \|", README, re.MULTILINE)
+    for name in re.findall("[A-Z_]{2,}", names)
+}
 
 
 def test_the_variables_are_those_of_the_code() -> None:
-    fields = pipeline_wrapper.Settings.model_fields
-    table = dict(re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", README, re.MULTILINE))
+    fields = load_wrapper().Settings.model_fields
     example = dict(re.findall(r"^(\w+)=(.*)$", (EXAMPLE / ".env.example").read_text(), re.MULTILINE))
-    assert set(table) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
-    assert table.pop("OPENAI_API_KEY") == "none, required"
+    ours = {name: default for name, default in VARIABLES.items() if not name.startswith("HAYHOOKS")}
+    assert set(ours) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
+    assert ours.pop("OPENAI_API_KEY") == "required"
     assert example["OPENAI_API_KEY"] == ""
-    for name, default in table.items():
+    for name, default in ours.items():
         assert default.strip("`") == example[name] == str(fields[name].default)
+
+
+def test_hayhooks_variables_have_the_defaults_that_are_printed() -> None:
+    settings = AppSettings(_env_file=None)
+    printed = {name: default for name, default in VARIABLES.items() if name.startswith("HAYHOOKS")}
+    assert printed.pop("HAYHOOKS_HOST") == f"`{settings.host}`, `{settings.port}`" == printed.pop("HAYHOOKS_PORT")
+    assert printed.pop("HAYHOOKS_PIPELINES_DIR") == "`./pipelines`"
+    assert settings.pipelines_dir == str(Path.cwd() / "pipelines")
+    assert printed.pop("HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT") == f"`{settings.graceful_shutdown_timeout}`"
+    assert printed.pop("HAYHOOKS_CORS_ALLOW_ORIGINS") == f"`{json.dumps(settings.cors_allow_origins)}`"
+    assert not printed
+
+
+def test_the_forwarded_fields_are_those_of_the_code() -> None:
+    [row] = [line for line in README.splitlines() if "| forwarded unless null" in line]
+    assert tuple(re.findall("`(\\w+)`", row.split("|")[1])) == load_wrapper().PARAMETERS
 
 
 def test_the_last_line_is_the_licence() -> None:
