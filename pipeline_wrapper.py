@@ -35,7 +35,7 @@ PROMPT = "{{ conversation }}"  # the place for instructions of your own, or for 
 
 
 def openai_response(chat: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that returns the chunks of an answer, so that each caller gets what it expects.
+    """Decorate the PipelineWrapper's method that returns chunks, so that each caller gets what it expects.
 
     An OpenAI client gets the events of a stream or one whole completion. Hayhooks' A2A server and Python code, whose
     `body` has no `stream`, get the chunks.
@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     OPENAI_BASE_URL: str = Field("https://api.openai.com/v1", pattern=r"^https?://[^\s/?#:]\S*$")
     OPENAI_TIMEOUT: float = Field(120, gt=0, le=3600)  # seconds without a byte from the upstream
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10)  # the SDK sleeps in the thread before each
-    MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # the SDK opens 1000 connections at most
+    MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # whole answers count, too; the SDK has 1000 connections
 
 
 # The request. What chat front-ends send by default is left out rather than refused.
@@ -155,7 +155,7 @@ def parse_content(content: Any) -> tuple[str, bool]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace each half of a surrogate pair, which UTF-8 cannot carry. JavaScript's `slice` makes them of emoji."""
+    """Replace each unpaired half of a surrogate pair: JavaScript's `slice` makes them, and UTF-8 cannot carry them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -211,26 +211,27 @@ class Lockstep:
     """
 
     def __init__(self) -> None:
-        self._signals: SimpleQueue[bool] = SimpleQueue()  # True: a chunk was taken; False: the client has left
+        self._signals: SimpleQueue[bool] = SimpleQueue()  # what `wait` returns
 
     def chunk_taken(self) -> None:
         self._signals.put(True)
 
-    def client_left(self) -> None:
+    def close(self) -> None:
+        """Say that the client has left, or has taken the last chunk."""
         self._signals.put(False)
 
     def wait(self) -> bool:
         """Block until the client has taken a chunk or left; return whether to read on.
 
-        Raises BrokenPipeError after a minute, as for a client that keeps its connection but reads no more. If it does
-        read on later, it finds a failure and not an answer that looks complete.
+        Raises BrokenPipeError after a minute. The client then keeps its connection, but has stopped reading. If it
+        reads on later, it finds a failure and not an answer that looks complete.
         """
         try:
             read_on = self._signals.get(timeout=60)
         except Empty:
             raise BrokenPipeError("the client has taken no chunk for 60 seconds") from None
         if not read_on:
-            self.client_left()  # for the thread of another component of this answer
+            self.close()  # again, for the thread of another component of this answer
         return read_on
 
 
@@ -248,19 +249,21 @@ def wait_for_client() -> bool:
 
 
 def stop_with_client(llm: OpenAIGenerator) -> None:
-    """Let OpenAIGenerator stop when the client has left: it loops over what the SDK's `create` returns."""
+    """Let OpenAIGenerator, which loops over what the SDK's `create` returns, stop when the client has left.
+
+    Also put right what it cannot read in the chunks of some upstreams.
+    """
     create = llm.client.chat.completions.create
 
     def until_client_left(stream: openai.Stream[Any]) -> Iterator[Any]:
         with stream:  # otherwise the connection stays open until a garbage collection, and the upstream continues
             for chunk in stream:
-                # What some upstreams send: no choices, a refusal in place of text, half a surrogate pair, nulls.
                 chunk.choices = chunk.choices or []
                 for delta in (choice.delta for choice in chunk.choices if choice.delta):
                     delta.content = replace_surrogates(delta.content or delta.refusal or "")
                 if chunk.usage:
                     chunk.usage = chunk.usage.to_dict(exclude_none=True)
-                yield chunk
+                yield chunk  # to OpenAIGenerator, which sends it before it asks for the next one
                 if not wait_for_client():
                     return
 
@@ -277,15 +280,15 @@ async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> Async
     is_whole = False
 
     async def next_chunk() -> StreamingChunk | None:
-        token = CURRENT_LOCKSTEP.set(lockstep)  # for AsyncPipeline, which starts with the first chunk
+        token = CURRENT_LOCKSTEP.set(lockstep)  # the first time counts: AsyncPipeline then copies the context
         try:
             return await anext(chunks, None)
         except Exception as error:  # Hayhooks has logged it
-            if is_whole:
+            if is_whole:  # some upstreams cut the connection, or keep it open, after the finish_reason
                 return None
             raise as_http_exception(error, key) from None
         finally:
-            CURRENT_LOCKSTEP.reset(token)  # the context is the caller's
+            CURRENT_LOCKSTEP.reset(token)  # for what else the caller runs in this context
 
     try:
         while chunk := await next_chunk():
@@ -296,7 +299,7 @@ async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> Async
             yield chunk
             lockstep.chunk_taken()
     finally:  # also when the client has left: Hayhooks then cancels the `await` or closes this generator at `yield`
-        lockstep.client_left()
+        lockstep.close()
         await chunks.aclose()
 
 
@@ -306,9 +309,9 @@ LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those that have an exec
 async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semaphore) -> AsyncGenerator[StreamingChunk]:
     """Yield the chunks of an answer while it holds a slot; raises HTTPException if there is none.
 
-    Each answer also holds a thread. asyncio's own executor has only min(32, cores + 4), so it is replaced, once for
-    each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS. It starts a
-    thread only when none is free.
+    Each answer also holds a thread. asyncio's own executor has only min(32, cores + 4), so this file replaces it, once
+    for each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS. It starts
+    a thread only when none is free.
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
@@ -316,7 +319,7 @@ async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semapho
     if loop not in LOOPS:
         LOOPS.add(loop)
         loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
-    async with slots, aclosing(chunks):
+    async with slots, aclosing(chunks):  # does not wait, as there was no other `await` since `locked`
         async for chunk in chunks:
             yield chunk
 
@@ -328,7 +331,7 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
     """Return what the caller of a failed answer may know."""
     match error.__cause__:  # what the component raised; Haystack wraps it
         case openai.APIStatusError(status_code=400 | 422 as status, body=message):
-            while not isinstance(message, str):  # OpenAI's form, FastAPI's, Gemini's or another
+            while not isinstance(message, str):  # the body is in OpenAI's form, FastAPI's, Gemini's or another
                 match message:
                     case {"error": inner} | {"message": inner} | {"detail": inner} | {"msg": inner} | [inner, *_]:
                         message = inner
@@ -372,7 +375,7 @@ async def as_events(
             yield event({"role": "assistant", "content": ""})
             while chunk:
                 finish_reason = chunk.meta["finish_reason"]
-                usage = chunk.meta.get("usage") or usage
+                usage = chunk.meta.get("usage") or usage  # some upstreams send it early, or with each chunk
                 if chunk.content or finish_reason:
                     yield event({"content": chunk.content} if chunk.content else {}, finish_reason)
                 chunk = await anext(others, None)

@@ -90,11 +90,11 @@ def test_two_starts_at_once_install_once(stubs: dict[str, str]) -> None:
     assert Path(stubs["CALLS"]).read_text().split() == ["called", "called"]
 
 
-def test_a_taken_port_is_left_alone(shared_upstream: Upstream, tmp_path: Path) -> None:
+def test_a_taken_port_is_left_alone(upstream: Upstream, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # something else listens there already
             stack.enter_context(socket.create_server(("127.0.0.1", 1416)))
-        with demo("--once", TMPDIR=str(tmp_path), OPENAI_API_KEY="k", OPENAI_BASE_URL=shared_upstream.url) as started:
+        with demo("--once", TMPDIR=str(tmp_path), OPENAI_API_KEY="k", OPENAI_BASE_URL=upstream.url) as started:
             said = rest_of(started)
     assert re.search(r"Port 1416 is taken, so this demo uses \d+\.", said)
     assert "Hello, world!" in said

@@ -59,7 +59,7 @@ class Upstream:
     def __init__(self, port: int = 0) -> None:
         self.reply: Reply | Callable[[dict[str, Any]], Reply] = Reply()
         self.received: list[Received] = []
-        self.released = self.open = self.most_open = 0
+        self.released = 0
         self.changed = threading.Condition()
         config = uvicorn.Config(
             self, port=port, log_level="critical", lifespan="off", timeout_keep_alive=60, timeout_graceful_shutdown=0
@@ -79,6 +79,10 @@ class Upstream:
         self.server.should_exit = True
         self.thread.join()
 
+    @property
+    def open(self) -> int:
+        return sum(not one.over for one in self.received)
+
     async def serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.gate = asyncio.Condition()
@@ -87,8 +91,8 @@ class Upstream:
     def forget(self) -> None:
         """Go back to the beginning."""
         self.reply = Reply()
-        self.received.clear()
-        self.released = self.open = self.most_open = 0
+        self.received = []  # answers that are still open write into the old one
+        self.released = 0
 
     def release(self) -> None:
         """Let every gated reply send one token more."""
@@ -136,15 +140,12 @@ class Upstream:
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         received = Received(scope["path"], headers, json.loads(content))
         self.received.append(received)
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
         self.note(received)
         reply = self.reply(received.body) if callable(self.reply) else self.reply
 
         answering = asyncio.ensure_future(self.answer(received, reply, send))
         leaving = asyncio.ensure_future(receive())
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        self.open -= 1
         self.note(received, left=not answering.done(), over=True)
         for task in (answering, leaving):
             task.cancel()
