@@ -1,8 +1,8 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
 `PipelineWrapper` is the example, and `allow_sync_streaming_callbacks=True` is the line to notice. It is for components
-that you cannot replace by async ones. The rest of the file is what a public chat endpoint needs around it, in the order
-in which data flows: settings, request, thread and client, failures, response.
+that you cannot replace by async ones. The rest of the file is what the chat needs in production, in the order in which
+data flows: settings, request, thread and client, failures, response.
 """
 
 import asyncio
@@ -127,12 +127,12 @@ def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
     """Return the system prompt, if there is one, and the conversation as one prompt; raises HTTPException."""
     parsed = [(message.get("role"), *parse_content(message.get("content"))) for message in messages]
     if any(role not in ROLES for role, _, _ in parsed):
-        raise HTTPException(400, f"messages must have the roles {', '.join(ROLES)}.")
+        raise HTTPException(400, f"Each of messages must have one of the roles {', '.join(ROLES)}.")
     turns = [turn for turn in parsed if turn[0] in ("user", "assistant")]
     last_role, last_text, last_is_text_only = turns[-1] if turns else ("user", "", True)
     if last_role == "user" and not (last_text.strip() and last_is_text_only):
         raise HTTPException(
-            400, "The last user message of messages must not be blank, and OpenAIGenerator takes text only."
+            400, "messages must not end with a blank user message or an image: OpenAIGenerator takes text only."
         )
     conversation = [(role, text) for role, text, _ in turns if text.strip()]
     if not any(role == "user" for role, _ in conversation):
@@ -196,7 +196,8 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     return {**parameters, "stream_options": {"include_usage": True}}
 
 
-# The thread and its client
+# The thread and its client. This part relies on how AsyncPipeline, OpenAIGenerator and Hayhooks work together, which
+# tests/test_client_leaves.py checks with the oldest and the newest releases that requirements.txt allows.
 
 
 class Lockstep:
