@@ -28,6 +28,7 @@ from haystack.components.builders import PromptBuilder
 from haystack.components.generators import OpenAIGenerator
 from haystack.dataclasses import StreamingChunk
 from haystack.utils import Secret
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -260,8 +261,9 @@ def stop_with_client(llm: OpenAIGenerator) -> None:
         with stream:  # otherwise the connection stays open until a garbage collection, and the upstream continues
             for chunk in stream:
                 chunk.choices = chunk.choices or []
-                for delta in (choice.delta for choice in chunk.choices if choice.delta):
-                    delta.content = replace_surrogates(delta.content or delta.refusal or "")
+                for choice in chunk.choices:
+                    choice.delta = choice.delta or ChoiceDelta()
+                    choice.delta.content = replace_surrogates(choice.delta.content or choice.delta.refusal or "")
                 if chunk.usage:
                     chunk.usage = chunk.usage.to_dict(exclude_none=True)
                 yield chunk  # to OpenAIGenerator, which sends it before it asks for the next one
@@ -330,7 +332,7 @@ async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semapho
 
 def as_http_exception(error: Exception, key: str) -> HTTPException:
     """Return what the caller of a failed answer may know."""
-    match error.__cause__:  # what the component raised; Haystack wraps it
+    match error.__cause__ or error:  # what the component raised, which newer releases of Haystack wrap
         case openai.APIStatusError(status_code=400 | 422 as status, body=message):
             while not isinstance(message, str):  # the body is in OpenAI's form, FastAPI's, Gemini's or another
                 match message:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.serving import KEY, TESTS_OTHER_WRAPPER, WRAPPER, Server, deployed
+from harness.serving import KEY, TESTS_OTHER_WRAPPER, WRAPPER, Server, deployed, wait_until
 from harness.upstream import Reply, Upstream
 
 LONG = [f"{number} " for number in range(10_000)]
@@ -153,5 +153,5 @@ def test_threads_and_connections_return(chat: Chat, upstream: Upstream) -> None:
         upstream.forget()
         assert text_of(chat.events()) == "Hello, world!"
         threads.append(process.num_threads())
-        assert connections(chat.server, upstream.port) <= 1
+        wait_until(lambda: connections(chat.server, upstream.port) <= 1, "the connections of 20 clients to close")
     assert threads[0] == threads[1] == threads[2]

@@ -26,13 +26,13 @@ def echo(body: dict[str, Any]) -> Reply:
     return Reply(tokens=[body["messages"][0]["content"]] * 2, gated=True)
 
 
-def test_400_streams_are_open_at_once_and_do_not_mix(chat: Chat, upstream: Upstream) -> None:
+def test_200_streams_are_open_at_once_and_do_not_mix(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = echo
     upstream.release()
-    with open_streams(chat, 400) as streams:
+    with open_streams(chat, 200) as streams:
         firsts = [next(texts_of(events)) for events in streams]
-        assert firsts == [str(number) for number in range(400)]
-        assert upstream.open == 400
+        assert firsts == [str(number) for number in range(200)]
+        assert upstream.open == 200
         upstream.release()
         upstream.release()
         assert [text_of(events) for events in streams] == firsts
@@ -161,7 +161,7 @@ def test_deploying_again_leaves_no_thread_behind_and_breaks_no_stream(upstream: 
         with open_streams(chat, 80) as streams, contextlib.ExitStack() as clients:
             firsts = [next(texts_of(events)) for events in streams]
             threads = []
-            for _ in range(4):
+            for _ in range(3):
                 server.deploy()
                 again = clients.enter_context(chat.open("again"))
                 assert next(texts_of(again)) == "again"
@@ -173,4 +173,6 @@ def test_deploying_again_leaves_no_thread_behind_and_breaks_no_stream(upstream: 
         upstream.reply = Reply()
         assert text_of(chat.events()) == "Hello, world!"
         before = threads[0]
-        wait_until(lambda: process.num_threads() < before / 2, "80 streams and four deploys to leave no threads behind")
+        wait_until(
+            lambda: process.num_threads() < before / 2, "80 streams and three deploys to leave no threads behind"
+        )

@@ -251,7 +251,7 @@ def test_a_failure_is_in_the_log(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = failing(500, {"error": {"message": TOLD}})
     chat.post()
     logged = chat.server.log[before:]
-    assert "Component name: 'llm'" in logged
+    assert " | ERROR " in logged
     assert "Error code: 500" in logged
     assert KEY not in logged
 
