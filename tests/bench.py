@@ -177,8 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="./tests/run bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round and fewer streams, and nothing is written")
     options = parser.parse_args()
-    levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 7)
-    plain_rounds = min(rounds, 3)  # one takes the plain version a minute, and always the same
+    levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 5)
+    plain_rounds = min(rounds, 2)  # one takes the plain version a minute, and always the same
 
     results: dict[tuple[str, int], list[Round]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
