@@ -113,6 +113,17 @@ def test_python_code_that_leaves_stops_the_upstream(wrapper: Any, upstream: Upst
     wait_until_over(upstream)
 
 
+@pytest.mark.skipif(TESTS_OTHER_WRAPPER, reason="others may leave the closing to Python")
+def test_a_stream_that_is_closed_closes_all_below_it(wrapper: Any, upstream: Upstream) -> None:
+    upstream.reply = Reply(LONG, pace=0.01)
+
+    async def tasks_left() -> set[Any]:
+        await leave(await wrapper.run_chat_completion_async("", [{"role": "user", "content": "Hi"}], {"stream": True}))
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(tasks_left()) == set()
+
+
 def test_a_pipeline_of_ones_own_is_not_stopped_by_a_client_that_left(wrapper: Any, upstream: Upstream) -> None:
     texts: list[str] = []
 
