@@ -45,6 +45,7 @@ LIBRECHAT = {
 }
 CHAINLIT = {"stream": True}
 
+EARLIER_IMAGE = [turn("user", [{"type": "text", "text": "What is it?"}, PHOTO]), turn("assistant", "Red."), HELLO]
 SINGLE = "hello"
 TWO_TURNS = "user: What is it?\n\nassistant: Red.\n\nuser: hello"
 
@@ -64,7 +65,7 @@ TWO_TURNS = "user: What is it?\n\nassistant: Red.\n\nuser: hello"
         ),
         pytest.param(
             OPEN_WEBUI,
-            [turn("user", [{"type": "text", "text": "What is it?"}, PHOTO]), turn("assistant", "Red."), HELLO],
+            EARLIER_IMAGE,
             TWO_TURNS,
             id="Open WebUI: an earlier image",
         ),
@@ -90,7 +91,7 @@ TWO_TURNS = "user: What is it?\n\nassistant: Red.\n\nuser: hello"
         pytest.param(LIBRECHAT, [HELLO], SINGLE, id="LibreChat: a message"),
         pytest.param(
             LIBRECHAT,
-            [turn("user", [{"type": "text", "text": "What is it?"}, PHOTO]), turn("assistant", "Red."), HELLO],
+            EARLIER_IMAGE,
             TWO_TURNS,
             id="LibreChat: an earlier image",
         ),

@@ -70,9 +70,9 @@ def copy_wrapper(wrapper: Path, folder: Path) -> None:
         shutil.copytree(wrapper, folder, ignore=left_out, dirs_exist_ok=True)
 
 
-def load_wrapper(wrapper: Path = WRAPPER) -> Any:
-    """Return the module of a wrapper, for Python code that uses its class without a server."""
-    file = wrapper if wrapper.is_file() else wrapper / "pipeline_wrapper.py"
+def load_wrapper() -> Any:
+    """Return the module of the wrapper under test, for Python code that uses its class without a server."""
+    file = WRAPPER if WRAPPER.is_file() else WRAPPER / "pipeline_wrapper.py"
     sys.path.insert(0, str(file.parent))  # for what it imports from its own folder
     specification = importlib.util.spec_from_file_location("pipeline_wrapper", file)
     assert specification
