@@ -2,7 +2,7 @@
 
 `PipelineWrapper` is the example, and `allow_sync_streaming_callbacks=True` is the line to notice. It is for components
 that you cannot replace by async ones. The rest of the file is what the chat needs in production, in the order in which
-data flows: settings, request, thread and client, failures, response.
+data flows: settings, request, thread and caller, failures, response.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -28,7 +28,7 @@ from haystack.components.builders import PromptBuilder
 from haystack.components.generators import OpenAIGenerator
 from haystack.dataclasses import StreamingChunk
 from haystack.utils import Secret
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChatCompletionChunk, ChoiceDelta
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -73,7 +73,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=self.settings.OPENAI_TIMEOUT,
             max_retries=self.settings.OPENAI_MAX_RETRIES,
         )
-        stop_with_client(llm)
+        stop_with_caller(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
@@ -121,27 +121,36 @@ class Settings(BaseSettings):
 
 # The request. What chat front-ends send by default is left out rather than refused.
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 
 def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
     """Return the system prompt, if there is one, and the conversation as one prompt; raises HTTPException."""
-    parsed = [(message.get("role"), *parse_content(message.get("content"))) for message in messages]
-    if any(role not in ROLES for role, _, _ in parsed):
-        raise HTTPException(400, f"Each of messages must have one of the roles {', '.join(ROLES)}.")
-    turns = [turn for turn in parsed if turn[0] in ("user", "assistant")]
-    last_role, last_text, last_is_text_only = turns[-1] if turns else ("user", "", True)
-    if last_role == "user" and not (last_text.strip() and last_is_text_only):
+    instructions: list[str] = []
+    turns: list[tuple[str, str]] = []
+    can_answer = False
+    for message in messages:
+        text, is_text_only = parse_content(message.get("content"))
+        match message.get("role"):
+            case "system" | "developer":
+                instructions.append(text)
+            case "user":
+                turns.append(("user", text))
+                can_answer = is_text_only and bool(text.strip())
+            case "assistant":
+                turns.append(("assistant", text))
+                can_answer = True  # if it is the last message, the model continues it
+            case "tool" | "function":
+                pass
+            case _:
+                raise HTTPException(400, "messages must have the roles system, developer, user, assistant or tool.")
+    turns = [(role, text) for role, text in turns if text.strip()]
+    if not can_answer or not any(role == "user" for role, _ in turns):
         raise HTTPException(
-            400, "messages must not end with a blank user message or an image: OpenAIGenerator takes text only."
+            400, "The last user message of messages must be text, and not blank: OpenAIGenerator takes text only."
         )
-    conversation = [(role, text) for role, text, _ in turns if text.strip()]
-    if not any(role == "user" for role, _ in conversation):
-        raise HTTPException(400, "messages must have text from the user.")
-    system_prompt = "\n".join(text for role, text, _ in parsed if role in ("system", "developer") and text.strip())
-    if len(conversation) == 1:
-        return system_prompt or None, conversation[0][1]
-    return system_prompt or None, "\n\n".join(f"{role}: {text}" for role, text in conversation)
+    system_prompt = "\n".join(text for text in instructions if text.strip())
+    if len(turns) == 1:
+        return system_prompt or None, turns[0][1]
+    return system_prompt or None, "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 def parse_content(content: Any) -> tuple[str, bool]:
@@ -197,114 +206,8 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     return {**parameters, "stream_options": {"include_usage": True}}
 
 
-# The thread and its client. This part relies on how AsyncPipeline, OpenAIGenerator and Hayhooks work together, which
-# tests/test_client_leaves.py checks with the oldest and the newest releases that requirements.txt allows.
-
-
-class Lockstep:
-    """Keeps the thread of an answer in step with the client.
-
-    The rule: after each chunk that it sends, the thread calls `wait`; for each chunk that the client has taken, the
-    event loop calls `chunk_taken`. When the client has left, `wait` returns False, and the thread must stop reading.
-
-    Without the rule the thread would read the answer to its end, at somebody's expense, for a client that has left, and
-    the threads of many answers would delay each other's first chunks. It needs every chunk that the thread sends to
-    arrive: if one does not, `wait` raises an exception after a minute.
-    """
-
-    def __init__(self) -> None:
-        self._signals: SimpleQueue[bool] = SimpleQueue()  # what `wait` returns
-
-    def chunk_taken(self) -> None:
-        self._signals.put(True)
-
-    def close(self) -> None:
-        """Say that the client has left, or has taken the last chunk."""
-        self._signals.put(False)
-
-    def wait(self) -> bool:
-        """Block until the client has taken a chunk or left; return whether to read on.
-
-        Raises BrokenPipeError after a minute. The client then keeps its connection, but has stopped reading. If it
-        reads on later, it finds a failure and not an answer that looks complete.
-        """
-        try:
-            read_on = self._signals.get(timeout=60)
-        except Empty:
-            raise BrokenPipeError("the client has taken no chunk for 60 seconds") from None
-        if not read_on:
-            self.close()  # again, for the thread of another component of this answer
-        return read_on
-
-
-# AsyncPipeline runs a sync component in a thread with a copy of the context, and there the thread finds its Lockstep.
-CURRENT_LOCKSTEP: ContextVar[Lockstep] = ContextVar("CURRENT_LOCKSTEP")
-
-
-def wait_for_client() -> bool:
-    """Wait, in a sync component and after each chunk, for the client; return whether to read on.
-
-    Outside of an answer, as in a `pipeline.run_async` of your own, there is no client to wait for.
-    """
-    lockstep = CURRENT_LOCKSTEP.get(None)
-    return lockstep is None or lockstep.wait()
-
-
-def stop_with_client(llm: OpenAIGenerator) -> None:
-    """Let OpenAIGenerator, which loops over what the SDK's `create` returns, stop when the client has left.
-
-    Also put right what it cannot read in the chunks of some upstreams.
-    """
-    create = llm.client.chat.completions.create
-
-    def until_client_left(stream: openai.Stream[Any]) -> Iterator[Any]:
-        with stream:  # otherwise the connection stays open until a garbage collection, and the upstream continues
-            for chunk in stream:
-                chunk.choices = chunk.choices or []
-                for choice in chunk.choices:
-                    choice.delta = choice.delta or ChoiceDelta()
-                    choice.delta.content = replace_surrogates(choice.delta.content or choice.delta.refusal or "")
-                if chunk.usage:
-                    chunk.usage = chunk.usage.to_dict(exclude_none=True)
-                yield chunk  # to OpenAIGenerator, which sends it before it asks for the next one
-                if not wait_for_client():
-                    return
-
-    def stoppable_create(**request: Any) -> Any:
-        response = create(**request)
-        return until_client_left(response) if request.get("stream") else response
-
-    llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
-
-
-async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer, in lockstep with its thread; raises HTTPException if the answer fails."""
-    lockstep = Lockstep()
-    is_whole = False
-
-    async def next_chunk() -> StreamingChunk | None:
-        token = CURRENT_LOCKSTEP.set(lockstep)  # the first time counts: AsyncPipeline then copies the context
-        try:
-            return await anext(chunks, None)
-        except Exception as error:  # Hayhooks has logged it
-            if is_whole:  # some upstreams cut the connection, or keep it open, after the finish_reason
-                return None
-            raise as_http_exception(error, key) from None
-        finally:
-            CURRENT_LOCKSTEP.reset(token)  # for what else the caller runs in this context
-
-    try:
-        while chunk := await next_chunk():
-            # OpenAIGenerator has the upstream's own finish_reason in `meta`, other components have it in the field.
-            finish_reason = chunk.meta.setdefault("finish_reason", chunk.finish_reason)
-            if chunk.content or finish_reason:  # not for the usage, which comes last
-                is_whole = bool(finish_reason)
-            yield chunk
-            lockstep.chunk_taken()
-    finally:  # also when the client has left: Hayhooks then cancels the `await` or closes this generator at `yield`
-        lockstep.close()
-        await chunks.aclose()
-
+# The thread of an answer, and the caller who reads it. This part depends on how Hayhooks, AsyncPipeline and
+# OpenAIGenerator work together; tests/test_client_leaves.py checks it with their oldest and newest allowed releases.
 
 LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those that have an executor of this file
 
@@ -312,19 +215,120 @@ LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those that have an exec
 async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semaphore) -> AsyncGenerator[StreamingChunk]:
     """Yield the chunks of an answer while it holds a slot; raises HTTPException if there is none.
 
-    Each answer also holds a thread. asyncio's own executor has only min(32, cores + 4), so this file replaces it, once
-    for each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS. It starts
-    a thread only when none is free.
+    An answer also holds a thread. asyncio's own executor has only min(32, cores + 4) threads, so this file replaces it,
+    once for each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS.
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
     loop = asyncio.get_running_loop()
     if loop not in LOOPS:
         LOOPS.add(loop)
-        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
-    async with slots, aclosing(chunks):  # does not wait, as there was no other `await` since `locked`
+        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))  # starts a thread only when none is free
+    async with slots, aclosing(chunks):
         async for chunk in chunks:
             yield chunk
+
+
+class Lockstep:
+    """Keeps the thread of an answer in step with its caller.
+
+    The rule: after each chunk that it sends, the thread calls `wait`; after each chunk that the caller has taken, the
+    event loop calls `chunk_taken`. When `wait` returns False, the thread must stop.
+
+    Without the rule, a thread would read an answer to its end, which somebody pays for, after the caller has left. And
+    threads that run ahead of their callers would delay the first chunks of others.
+    """
+
+    def __init__(self) -> None:
+        self._signals: SimpleQueue[bool] = SimpleQueue()  # what `wait` returns
+
+    def chunk_taken(self) -> None:
+        """Let the thread send its next chunk."""
+        self._signals.put(True)
+
+    def close(self) -> None:
+        """Stop the thread: the caller has left, or the answer is over."""
+        self._signals.put(False)
+
+    def wait(self) -> bool:
+        """Block the thread until its chunk has been taken; return whether to continue.
+
+        Raises BrokenPipeError if nobody takes it for a minute. A caller who then reads on finds a failure, and not an
+        answer that looks complete.
+        """
+        try:
+            read_on = self._signals.get(timeout=60)
+        except Empty:
+            raise BrokenPipeError("the caller has taken no chunk for 60 seconds") from None
+        if not read_on:
+            self.close()  # again, for the threads of other components in the same answer
+        return read_on
+
+
+# AsyncPipeline runs a sync component in a thread, with a copy of the context: there the component finds its Lockstep.
+CURRENT_LOCKSTEP: ContextVar[Lockstep | None] = ContextVar("CURRENT_LOCKSTEP", default=None)
+
+
+async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, in lockstep with its thread; raises HTTPException if the answer fails."""
+    lockstep = Lockstep()
+    try:
+        token = CURRENT_LOCKSTEP.set(lockstep)
+        try:
+            chunk = await anext(chunks, None)  # starts the pipeline, which copies the context
+        finally:
+            CURRENT_LOCKSTEP.reset(token)  # for all else that runs in this context
+        while chunk:
+            # OpenAIGenerator has the upstream's own finish_reason in `meta`, other components have it in the field.
+            chunk.meta.setdefault("finish_reason", chunk.finish_reason)
+            yield chunk
+            lockstep.chunk_taken()
+            chunk = await anext(chunks, None)
+    except Exception as error:  # Hayhooks has logged it
+        raise as_http_exception(error, key) from None
+    finally:  # also if the caller has left: Hayhooks then cancels an `await` or closes this generator at the `yield`
+        lockstep.close()
+        await chunks.aclose()
+
+
+def stop_with_caller(llm: OpenAIGenerator) -> None:
+    """Replace the SDK's `create`, over whose stream OpenAIGenerator loops, by one whose stream ends with the caller."""
+    create = llm.client.chat.completions.create
+
+    def until_caller_left(stream: openai.Stream[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
+        lockstep = CURRENT_LOCKSTEP.get()  # None outside of an answer, as in a `pipeline.run_async` of your own
+        with stream:  # otherwise the connection stays open until a garbage collection
+            for chunk in readable(stream):
+                yield chunk  # OpenAIGenerator sends it before it asks for the next one
+                if lockstep and not lockstep.wait():
+                    return
+
+    def stoppable_create(**request: Any) -> Any:
+        response = create(**request)
+        return until_caller_left(response) if request.get("stream") else response
+
+    llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
+
+
+def readable(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of a stream, made readable for OpenAIGenerator, which some upstreams' chunks break.
+
+    What fails after the finish_reason is ignored: some upstreams cut the connection then, or keep it open.
+    """
+    is_whole = False
+    try:
+        for chunk in stream:
+            chunk.choices = chunk.choices or []  # null or missing
+            for choice in chunk.choices:
+                choice.delta = choice.delta or ChoiceDelta()
+                choice.delta.content = replace_surrogates(choice.delta.content or choice.delta.refusal or "")
+                is_whole = is_whole or bool(choice.finish_reason)
+            if chunk.usage:
+                chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]
+            yield chunk
+    except Exception:
+        if not is_whole:
+            raise
 
 
 # Failures

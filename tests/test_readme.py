@@ -219,8 +219,10 @@ def test_the_app_of_ones_own_authenticates_and_hears_stop(checkout: Checkout, up
             wait_until(lambda: answers(client), "the app")
             assert client.post("/v1/chat/completions", json=body).status_code == 401
             assert not upstream.received
-            upstream.reply = Reply(["token "] * 1000, pace=0.02)
             headers = {"Authorization": "Bearer geheim"}
+            assert client.get("/v1/models", headers=headers).status_code == 200
+            assert client.post("/deploy_files", headers=headers, json={}).status_code == 404
+            upstream.reply = Reply(["token "] * 1000, pace=0.02)
             with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
                 assert any(b"token " in content for content in response.iter_raw())
             upstream.wait_until(lambda: upstream.received[0].over)
@@ -231,7 +233,7 @@ def test_the_app_of_ones_own_authenticates_and_hears_stop(checkout: Checkout, up
 
 def answers(client: httpx.Client) -> bool:
     with contextlib.suppress(httpx.ConnectError):
-        return client.get("/status").status_code == 401
+        return client.get("/status").status_code == 200
     return False
 
 
@@ -276,8 +278,16 @@ def test_a_retriever_in_front_of_the_prompt(upstream: Upstream, tmp_path: Path) 
     file.write_text(example_with(python_block("InMemoryBM25Retriever")))
     question = "When is lunch?"
     with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
-        assert text_of(Chat(server).events(question)) == "Hello, world!"
-    assert upstream.received[0].body["messages"][0]["content"] == f"Lunch is at noon.\n\n{question}"
+        chat = Chat(server)
+        assert text_of(chat.events(question)) == "Hello, world!"
+        history = [
+            {"role": "user", "content": "When does the office open?"},
+            {"role": "assistant", "content": "The office opens at nine."},
+        ]
+        chat.post([*history, {"role": "user", "content": [{"type": "text", "text": question}]}])
+    first, second = (one.body["messages"][0]["content"] for one in upstream.received)
+    assert first == f"Lunch is at noon.\n\n{question}"
+    assert second.startswith("Lunch is at noon.")
 
 
 def test_two_components_stream_and_stop(upstream: Upstream, tmp_path: Path) -> None:
