@@ -1,8 +1,8 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
 `PipelineWrapper` is the example, and `allow_sync_streaming_callbacks=True` is the line to notice. It is for components
-that you cannot replace by async ones. The rest of the file is what the chat needs in production, in the order in which
-data flows: settings, request, thread and caller, failures, response.
+that you cannot replace by async ones, here OpenAIGenerator. Below the class is what the chat needs in production, in
+the order in which data flows: settings, request, thread and caller, failures, response.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -38,14 +38,13 @@ PROMPT = "{{ conversation }}"  # the place for instructions of your own, or for 
 def openai_response(chat: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the PipelineWrapper's method that returns chunks, so that each caller gets what it expects.
 
-    An OpenAI client gets the events of a stream or one whole completion. Hayhooks' A2A server and Python code, whose
-    `body` has no `stream`, get the chunks.
+    An OpenAI client, for whom Hayhooks always sets `stream`, gets the events of a stream or one whole completion.
+    Hayhooks' A2A server and Python code, whose `body` has no `stream`, get the chunks.
     """
 
     @functools.wraps(chat)
     async def respond(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
-        chunks = in_lockstep(await chat(self, model, messages, body), self.settings.OPENAI_API_KEY)
-        chunks = in_slot(chunks, self.slots)
+        chunks = in_lockstep(await chat(self, model, messages, body), self.slots, self.settings.OPENAI_API_KEY)
         if "stream" not in body:
             return chunks
         if not body["stream"]:
@@ -65,7 +64,7 @@ class PipelineWrapper(BasePipelineWrapper):
     def setup(self) -> None:
         """Build the pipeline; raises ValueError for a missing or invalid environment variable."""
         self.settings = Settings()
-        self.slots = asyncio.Semaphore(self.settings.MAX_CONCURRENT_STREAMS)
+        self.slots = Slots(self.settings.MAX_CONCURRENT_STREAMS)
         llm = OpenAIGenerator(
             api_key=Secret.from_token(self.settings.OPENAI_API_KEY),
             model=self.settings.OPENAI_MODEL,  # not the `model` of a request, which names this pipeline
@@ -73,7 +72,7 @@ class PipelineWrapper(BasePipelineWrapper):
             timeout=self.settings.OPENAI_TIMEOUT,
             max_retries=self.settings.OPENAI_MAX_RETRIES,
         )
-        stop_with_caller(llm)
+        make_stoppable(llm)
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
         self.pipeline.add_component("llm", llm)
@@ -83,7 +82,10 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
-        """Return the chunks of an answer, to the decorator; raises HTTPException for a request without an answer."""
+        """Return the chunks of an answer, from which the decorator makes what the caller gets.
+
+        Raises HTTPException for a request that cannot be answered.
+        """
         system_prompt, conversation = parse_messages(messages)
         parameters = parse_parameters(body, self.settings.OPENAI_BASE_URL)
         return async_streaming_generator(
@@ -137,7 +139,7 @@ def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
                 can_answer = is_text_only and bool(text.strip())
             case "assistant":
                 turns.append(("assistant", text))
-                can_answer = True  # if it is the last message, the model continues it
+                can_answer = can_answer or bool(text.strip())  # if it is the last message, it is to be continued
             case "tool" | "function":
                 pass
             case _:
@@ -145,7 +147,7 @@ def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
     turns = [(role, text) for role, text in turns if text.strip()]
     if not can_answer or not any(role == "user" for role, _ in turns):
         raise HTTPException(
-            400, "The last user message of messages must be text, and not blank: OpenAIGenerator takes text only."
+            400, "messages must have a last user message of text, not blank: OpenAIGenerator takes text only."
         )
     system_prompt = "\n".join(text for text in instructions if text.strip())
     if len(turns) == 1:
@@ -193,11 +195,11 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
         raise HTTPException(400, "tool_choice must be auto or none: OpenAIGenerator answers with text only.")
     parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
     try:
-        size = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode())
-    except (ValueError, RecursionError):
-        size = None
-    # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
-    if size is None or size > 64 * 1024:
+        # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
+        is_small = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
+    except (ValueError, RecursionError):  # JSON cannot carry them
+        is_small = False
+    if not is_small:
         raise HTTPException(400, f"{', '.join(parameters)} must be valid JSON of at most 64 KiB together.")
     if "max_tokens" in parameters and urlsplit(base_url).hostname == "api.openai.com":
         # OpenAI's newer models refuse the older name, and all take the newer one.
@@ -206,99 +208,111 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     return {**parameters, "stream_options": {"include_usage": True}}
 
 
-# The thread of an answer, and the caller who reads it. This part depends on how Hayhooks, AsyncPipeline and
-# OpenAIGenerator work together; tests/test_client_leaves.py checks it with their oldest and newest allowed releases.
-
-LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those that have an executor of this file
+# The thread of an answer, and its caller. This part depends on how Hayhooks, AsyncPipeline and OpenAIGenerator work
+# together, which tests/test_client_leaves.py checks with their oldest and newest releases.
 
 
-async def in_slot(chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semaphore) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer while it holds a slot; raises HTTPException if there is none.
+class Slots(asyncio.Semaphore):
+    """The slots of a PipelineWrapper: `async with` holds one, or raises HTTPException if all are taken."""
 
-    An answer also holds a thread. asyncio's own executor has only min(32, cores + 4) threads, so this file replaces it,
-    once for each event loop. Other pipelines share the new one, so its limit is far above MAX_CONCURRENT_STREAMS.
-    """
-    if slots.locked():
-        raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-    loop = asyncio.get_running_loop()
-    if loop not in LOOPS:
-        LOOPS.add(loop)
-        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))  # starts a thread only when none is free
-    async with slots, aclosing(chunks):
-        async for chunk in chunks:
-            yield chunk
+    _loops: ClassVar[WeakSet[asyncio.AbstractEventLoop]] = WeakSet()  # those with an executor of this file
+
+    async def __aenter__(self) -> None:
+        if self.locked():
+            raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+        self._provide_threads()
+        await super().__aenter__()  # does not wait, as there was no other `await` since `locked`
+
+    def _provide_threads(self) -> None:
+        """Replace the event loop's executor, as asyncio's own has only min(32, cores + 4) threads.
+
+        The new one also serves other pipelines, and starts a thread only when none is free. So its limit is far above
+        that of the slots.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            self._loops.add(loop)
+            loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 class Lockstep:
-    """Keeps the thread of an answer in step with its caller.
+    """Keeps the thread of an answer in step with its caller. For each chunk, in this order:
 
-    The rule: after each chunk that it sends, the thread calls `wait`; after each chunk that the caller has taken, the
-    event loop calls `chunk_taken`. When `wait` returns False, the thread must stop.
+    1. The thread sends the chunk, and calls `wait`, which blocks.
+    2. The caller takes the chunk, and the event loop calls `chunk_taken`.
+    3. `wait` returns True, and the thread reads the next chunk. When the caller has left, it returns False, and the
+       thread must stop.
 
-    Without the rule, a thread would read an answer to its end, which somebody pays for, after the caller has left. And
-    threads that run ahead of their callers would delay the first chunks of others.
+    Without this, the thread would read the answer to its end, which somebody pays for, although the caller has left;
+    and threads that run ahead of their callers would delay the first chunks of others. It needs every chunk that is
+    sent to arrive.
     """
 
     def __init__(self) -> None:
-        self._signals: SimpleQueue[bool] = SimpleQueue()  # what `wait` returns
+        self._returned_by_wait: SimpleQueue[bool] = SimpleQueue()
 
     def chunk_taken(self) -> None:
-        """Let the thread send its next chunk."""
-        self._signals.put(True)
+        """Let the thread read its next chunk."""
+        self._returned_by_wait.put(True)
 
     def close(self) -> None:
-        """Stop the thread: the caller has left, or the answer is over."""
-        self._signals.put(False)
+        """Let the thread stop: the caller has left, or the answer is over."""
+        self._returned_by_wait.put(False)
 
     def wait(self) -> bool:
         """Block the thread until its chunk has been taken; return whether to continue.
 
-        Raises BrokenPipeError if nobody takes it for a minute. A caller who then reads on finds a failure, and not an
+        Raises RuntimeError if nobody takes it for a minute. A caller who then reads on finds a failure, and not an
         answer that looks complete.
         """
         try:
-            read_on = self._signals.get(timeout=60)
+            continues = self._returned_by_wait.get(timeout=60)
         except Empty:
-            raise BrokenPipeError("the caller has taken no chunk for 60 seconds") from None
-        if not read_on:
-            self.close()  # again, for the threads of other components in the same answer
-        return read_on
+            raise RuntimeError("the caller has taken no chunk for 60 seconds") from None
+        if not continues:
+            self.close()  # again, for another component of the pipeline that streams, too
+        return continues
 
 
 # AsyncPipeline runs a sync component in a thread, with a copy of the context: there the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar[Lockstep | None] = ContextVar("CURRENT_LOCKSTEP", default=None)
 
 
-async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], key: str) -> AsyncGenerator[StreamingChunk]:
-    """Yield the chunks of an answer, in lockstep with its thread; raises HTTPException if the answer fails."""
-    lockstep = Lockstep()
-    try:
-        token = CURRENT_LOCKSTEP.set(lockstep)
+async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], slots: Slots, key: str) -> AsyncGenerator[StreamingChunk]:
+    """Yield the chunks of an answer, which holds a slot, in lockstep with its thread.
+
+    Raises HTTPException if there is no slot or if the answer fails; `key` is kept out of its text.
+    """
+    async with slots:
+        lockstep = Lockstep()
         try:
-            chunk = await anext(chunks, None)  # starts the pipeline, which copies the context
-        finally:
-            CURRENT_LOCKSTEP.reset(token)  # for all else that runs in this context
-        while chunk:
-            # OpenAIGenerator has the upstream's own finish_reason in `meta`, other components have it in the field.
-            chunk.meta.setdefault("finish_reason", chunk.finish_reason)
-            yield chunk
-            lockstep.chunk_taken()
-            chunk = await anext(chunks, None)
-    except Exception as error:  # Hayhooks has logged it
-        raise as_http_exception(error, key) from None
-    finally:  # also if the caller has left: Hayhooks then cancels an `await` or closes this generator at the `yield`
-        lockstep.close()
-        await chunks.aclose()
+            token = CURRENT_LOCKSTEP.set(lockstep)
+            try:
+                chunk = await anext(chunks, None)  # starts the pipeline, which copies the context
+            finally:
+                CURRENT_LOCKSTEP.reset(token)
+            while chunk is not None:
+                yield chunk
+                lockstep.chunk_taken()
+                chunk = await anext(chunks, None)
+        except Exception as error:  # Hayhooks has logged it
+            raise as_http_exception(error, key) from None
+        finally:  # also when the caller has left: Hayhooks then cancels the `await`, or closes this at the `yield`
+            lockstep.close()
+            await chunks.aclose()
 
 
-def stop_with_caller(llm: OpenAIGenerator) -> None:
-    """Replace the SDK's `create`, over whose stream OpenAIGenerator loops, by one whose stream ends with the caller."""
+def make_stoppable(llm: OpenAIGenerator) -> None:
+    """Let OpenAIGenerator stop when the caller has left: the stream over which it loops ends then.
+
+    The stream is what the SDK's `create` returns, so this replaces `create`.
+    """
     create = llm.client.chat.completions.create
 
     def until_caller_left(stream: openai.Stream[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
         lockstep = CURRENT_LOCKSTEP.get()  # None outside of an answer, as in a `pipeline.run_async` of your own
         with stream:  # otherwise the connection stays open until a garbage collection
-            for chunk in readable(stream):
+            for chunk in for_openai_generator(stream):
                 yield chunk  # OpenAIGenerator sends it before it asks for the next one
                 if lockstep and not lockstep.wait():
                     return
@@ -310,20 +324,23 @@ def stop_with_caller(llm: OpenAIGenerator) -> None:
     llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
 
 
-def readable(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of a stream, made readable for OpenAIGenerator, which some upstreams' chunks break.
+def for_openai_generator(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an upstream in the form that OpenAIGenerator needs, which not all upstreams send.
 
-    What fails after the finish_reason is ignored: some upstreams cut the connection then, or keep it open.
+    A failure after the finish_reason is ignored: some upstreams then cut the connection, or keep it open until the
+    timeout.
     """
     is_whole = False
     try:
         for chunk in stream:
             chunk.choices = chunk.choices or []  # null or missing
             for choice in chunk.choices:
-                choice.delta = choice.delta or ChoiceDelta()
+                choice.delta = choice.delta or ChoiceDelta()  # null
+                # OpenAI sends a refusal in place of text, if a schema was asked for.
                 choice.delta.content = replace_surrogates(choice.delta.content or choice.delta.refusal or "")
                 is_whole = is_whole or bool(choice.finish_reason)
             if chunk.usage:
+                # Without the nulls that the SDK adds for what the upstream left out.
                 chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]
             yield chunk
     except Exception:
@@ -343,7 +360,7 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
                     case {"error": inner} | {"message": inner} | {"detail": inner} | {"msg": inner} | [inner, *_]:
                         message = inner
                     case _:
-                        message = str(message)
+                        message = json.dumps(message)
             return HTTPException(status, replace_surrogates(message.replace(key, "[key]")))
         case openai.APIStatusError(status_code=429 | 503 as status, response=response):
             headers = {name: value for name, value in response.headers.items() if name.lower() == "retry-after"}
@@ -359,11 +376,11 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
 
 
 async def as_events(
-    chunk: StreamingChunk | None, others: AsyncGenerator[StreamingChunk], model: str, include_usage: bool
+    first: StreamingChunk | None, rest: AsyncGenerator[StreamingChunk], model: str, include_usage: bool
 ) -> AsyncGenerator[ChatCompletion]:
-    """Yield the events of a stream, from its first chunk and the others.
+    """Yield the events of a stream, from its first chunk, if there is one, and the rest.
 
-    An answer that fails ends with an event that says so: without it, the answer would look complete.
+    An answer that fails has an event that says so before its end: without it, the answer would look complete.
     """
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -374,48 +391,55 @@ async def as_events(
 
     def event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return Event({**head, "choices": [choice]})
+        return Event(json.dumps({**head, "choices": [choice]}))
 
-    usage = None
+    chunk, usage = first, None
     try:
-        async with aclosing(others):
+        async with aclosing(rest):
             yield event({"role": "assistant", "content": ""})
-            while chunk:
-                finish_reason = chunk.meta["finish_reason"]
+            while chunk is not None:
+                finish_reason = chunk.meta.get("finish_reason") or chunk.finish_reason  # `meta` has the upstream's own
                 usage = chunk.meta.get("usage") or usage  # some upstreams send it early, or with each chunk
                 if chunk.content or finish_reason:
                     yield event({"content": chunk.content} if chunk.content else {}, finish_reason)
-                chunk = await anext(others, None)
+                chunk = await anext(rest, None)
         if usage and include_usage:
-            yield Event({**head, "choices": [], "usage": usage})
+            yield Event(json.dumps({**head, "choices": [], "usage": usage}))
     except HTTPException as failure:
-        yield Event({"error": {"message": failure.detail, "type": "server_error"}})
+        yield Event(json.dumps({"error": {"message": failure.detail, "type": "server_error"}}))
     yield Event("[DONE]")
 
 
 class Event(ChatCompletion):
-    """An event that Hayhooks sends as it is. Its own have a null for each missing field, on which OpenAI's Node SDK
-    throws, and other keys beside `error`, with which some clients take a failed answer for complete."""
+    """An event of a stream, of which Hayhooks sends the data as it is given here.
 
-    _json: str
+    Hayhooks' own events have a null for each missing field, on which OpenAI's Node SDK throws, and other keys beside
+    `error`, with which some clients take a failed answer for complete.
+    """
 
-    def __init__(self, data: dict[str, Any] | str) -> None:
-        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])  # never sent
-        self._json = data if isinstance(data, str) else json.dumps(data)
+    _data: str
+
+    def __init__(self, data: str) -> None:
+        # Hayhooks only takes a ChatCompletion, whose fields are required. It sends what `model_dump_json` returns.
+        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])
+        self._data = data
 
     def model_dump_json(self, **_: Any) -> str:
-        return self._json
+        return self._data
 
 
 def as_completion(chunks: list[StreamingChunk], model: str) -> ChatCompletion:
     """Join the chunks of an answer to one whole completion."""
-    meta = {name: value for chunk in chunks for name, value in chunk.meta.items() if value}
+    finish_reason, usage = None, None
+    for chunk in chunks:
+        finish_reason = chunk.meta.get("finish_reason") or chunk.finish_reason or finish_reason
+        usage = chunk.meta.get("usage") or usage
     message = Message(role="assistant", content="".join(chunk.content for chunk in chunks))
     return ChatCompletion(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         object="chat.completion",
         created=int(time.time()),
         model=model,
-        choices=[Choice(index=0, message=message, finish_reason=meta.get("finish_reason"))],
-        usage=meta.get("usage"),
+        choices=[Choice(index=0, message=message, finish_reason=finish_reason)],
+        usage=usage,
     )
