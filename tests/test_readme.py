@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -139,6 +140,10 @@ def test_the_deploy_block_uploads_the_wrapper_alone(checkout: Checkout) -> None:
         checkout.run(deploy)
         checkout.run(deploy)  # a second time, as after a change
         ask_all(checkout)
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            checkout.run(deploy.replace(" --overwrite", ""))
+        [symptom] = re.findall(r"^\| `(Pipeline .+ already exists)`", README, re.MULTILINE)
+        assert symptom in " ".join(f"{refused.value.stdout} {refused.value.stderr}".split())
     pipelines = Path(checkout.environment["HOME"]) / "pipelines"
     arrived = [path.relative_to(pipelines) for path in pipelines.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert arrived == [Path(NAME) / "pipeline_wrapper.py"]
@@ -468,6 +473,81 @@ def test_hayhooks_variables_have_the_defaults_that_are_printed() -> None:
 def test_the_forwarded_fields_are_those_of_the_code() -> None:
     [row] = [line for line in README.splitlines() if "| forwarded unless null" in line]
     assert tuple(re.findall("`(\\w+)`", row.split("|")[1])) == load_wrapper().PARAMETERS
+
+
+def rows_below(heading: str) -> list[list[str]]:
+    """Return the cells of a table, which the beginning of its heading names."""
+    table = README[README.index(heading) :].split("\n\n", 1)[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
+
+
+FAILURES = rows_below("| the upstream | status |")
+
+
+@pytest.mark.parametrize("row", FAILURES, ids=[cause for cause, *_ in FAILURES])
+def test_a_failure_is_what_the_table_says(small: Chat, upstream: Upstream, row: list[str]) -> None:
+    cause, answered, told = row
+    sentence = "You asked too much."
+    detail = sentence if told == "the upstream's own sentence" else told.strip("`")
+    statuses = [int(status) for status in re.findall(r"\d{3}", cause)]
+    with contextlib.ExitStack() as stack:
+        if "OPENAI_TIMEOUT" in cause:
+            upstream.reply = Reply(tokens=[], role=False, then="stall")
+        elif "MAX_CONCURRENT_STREAMS" in cause:
+            upstream.reply = Reply(gated=True)
+            streams = [stack.enter_context(small.open()) for _ in range(8)]
+            assert all(map(next, streams))
+        else:
+            assert statuses or cause == "all else"
+            statuses = statuses or [500]
+        for status in statuses or [200]:
+            if status != 200:
+                upstream.reply = failing = Reply(status=status, error={"error": {"message": sentence}})
+                failing.headers["Retry-After"] = "7"
+            for stream in (True, False):
+                failed = small.post(stream=stream)
+                assert failed.json() == {"detail": detail}
+                assert failed.status_code == (status if answered.startswith("the same") else int(answered[:3]))
+                waits = failed.headers.get("Retry-After")
+                assert waits == ("1" if "Retry-After: 1" in answered else "7" if "Retry-After" in answered else None)
+
+
+def test_an_answer_has_the_fields_that_are_printed(chat: Chat, upstream: Upstream) -> None:
+    [event] = [block.code for block in blocks() if block.code.startswith('data: {"id"')]
+    printed = json.loads(event.removeprefix("data: "))
+    [sent] = [event for event in chat.events() if text_of([event]) == "Hello"]
+    assert {**printed, "id": sent["id"], "created": sent["created"]} == sent
+    [completion] = [block.code for block in blocks() if block.code.startswith('{"id"')]
+    printed, whole = json.loads(completion), chat.post().json()
+    assert {**printed, "id": whole["id"], "created": whole["created"]} == without_nulls(whole)
+    [failure] = [block.code for block in blocks() if block.code.startswith('data: {"error"')]
+    upstream.reply = Reply(then="break")
+    assert chat.events()[-1] == json.loads(failure.removeprefix("data: "))
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_nulls(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return value
+
+
+def test_nginx_passes_only_what_clients_need(chat: Chat) -> None:
+    [passed] = re.findall(r"location ~ (\S+) \{", block("nginx"))
+    paths = chat.http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if re.search(passed, path)} == {
+        "/v1/chat/completions",
+        "/v1/models",
+        f"/{NAME}/run",
+        "/status",
+    }
+
+
+def test_the_unit_starts_hayhooks(checkout: Checkout) -> None:
+    [(run, options)] = re.findall(r"ExecStart=/opt/hayhooks/bin/(.+) --host 10.0.0.1 (.+)", block("ini"))
+    with checkout.serve(f"{run} {options}".replace("/opt/", f"{checkout.folder}/")):
+        assert httpx.get(f"http://127.0.0.1:{checkout.port}/status").status_code == 200
 
 
 def test_the_last_line_is_the_licence() -> None:
