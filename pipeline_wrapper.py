@@ -1,8 +1,8 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
 `PipelineWrapper` is the example, and `allow_sync_streaming_callbacks=True` is the line to notice. It is for components
-that you cannot replace by async ones, here OpenAIGenerator. Below the class is what the chat needs in production, in
-the order in which data flows: settings, request, thread and caller, failures, response.
+that you cannot replace by async ones; OpenAIGenerator stands for them here. Below the class is what a chat needs in
+production, in the order in which data flows: settings, request, thread and caller, failures, response.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -43,7 +43,7 @@ def openai_response(chat: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(chat)
-    async def respond(self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
+    async def respond(self: "PipelineWrapper", model: str, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
         chunks = in_lockstep(await chat(self, model, messages, body), self.slots, self.settings.OPENAI_API_KEY)
         if "stream" not in body:
             return chunks
@@ -51,7 +51,7 @@ def openai_response(chat: Callable[..., Any]) -> Callable[..., Any]:
             return as_completion([chunk async for chunk in chunks], model)
         stream_options = body.get("stream_options")
         include_usage = isinstance(stream_options, dict) and bool(stream_options.get("include_usage"))
-        # Hayhooks sends status 200 when this function returns. Until then a failure can be a status of its own.
+        # Hayhooks sends status 200 when this function returns. Until then, a failure can have a status of its own.
         first = await anext(chunks, None)
         return as_events(first, chunks, model, include_usage)
 
@@ -64,7 +64,7 @@ class PipelineWrapper(BasePipelineWrapper):
     def setup(self) -> None:
         """Build the pipeline; raises ValueError for a missing or invalid environment variable."""
         self.settings = Settings()
-        self.slots = Slots(self.settings.MAX_CONCURRENT_STREAMS)
+        self.slots = asyncio.Semaphore(self.settings.MAX_CONCURRENT_STREAMS)
         llm = OpenAIGenerator(
             api_key=Secret.from_token(self.settings.OPENAI_API_KEY),
             model=self.settings.OPENAI_MODEL,  # not the `model` of a request, which names this pipeline
@@ -127,32 +127,30 @@ class Settings(BaseSettings):
 def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
     """Return the system prompt, if there is one, and the conversation as one prompt; raises HTTPException."""
     instructions: list[str] = []
-    turns: list[tuple[str, str]] = []
-    can_answer = False
+    turns: list[tuple[str, str, bool]] = []  # role, text, whether there is nothing but text
     for message in messages:
         text, is_text_only = parse_content(message.get("content"))
         match message.get("role"):
             case "system" | "developer":
                 instructions.append(text)
             case "user":
-                turns.append(("user", text))
-                can_answer = is_text_only and bool(text.strip())
+                turns.append(("user", text, is_text_only))
             case "assistant":
-                turns.append(("assistant", text))
-                can_answer = can_answer or bool(text.strip())  # if it is the last message, it is to be continued
+                if text.strip():
+                    turns.append(("assistant", text, True))
             case "tool" | "function":
                 pass
             case _:
-                raise HTTPException(400, "messages must have the roles system, developer, user, assistant or tool.")
-    turns = [(role, text) for role, text in turns if text.strip()]
-    if not can_answer or not any(role == "user" for role, _ in turns):
-        raise HTTPException(
-            400, "messages must have a last user message of text, not blank: OpenAIGenerator takes text only."
-        )
+                raise HTTPException(400, "Each of messages must have a role that OpenAI knows.")
+    if not all(text.strip() and is_text_only for _, text, is_text_only in turns[-1:]):
+        raise HTTPException(400, "The last of messages must be text, and not blank: OpenAIGenerator takes text only.")
+    conversation = [(role, text) for role, text, _ in turns if text.strip()]
+    if not any(role == "user" for role, _ in conversation):
+        raise HTTPException(400, "messages must have text from the user.")
     system_prompt = "\n".join(text for text in instructions if text.strip())
-    if len(turns) == 1:
-        return system_prompt or None, turns[0][1]
-    return system_prompt or None, "\n\n".join(f"{role}: {text}" for role, text in turns)
+    if len(conversation) == 1:
+        return system_prompt or None, conversation[0][1]
+    return system_prompt or None, "\n\n".join(f"{role}: {text}" for role, text in conversation)
 
 
 def parse_content(content: Any) -> tuple[str, bool]:
@@ -196,95 +194,88 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
     try:
         # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
-        is_small = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
+        is_acceptable = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
     except (ValueError, RecursionError):  # JSON cannot carry them
-        is_small = False
-    if not is_small:
+        is_acceptable = False
+    if not is_acceptable:
         raise HTTPException(400, f"{', '.join(parameters)} must be valid JSON of at most 64 KiB together.")
     if "max_tokens" in parameters and urlsplit(base_url).hostname == "api.openai.com":
         # OpenAI's newer models refuse the older name, and all take the newer one.
         max_tokens = parameters.pop("max_tokens")
         parameters.setdefault("max_completion_tokens", max_tokens)
-    return {**parameters, "stream_options": {"include_usage": True}}
+    return {**parameters, "stream_options": {"include_usage": True}}  # for Haystack's and Hayhooks' traces, too
 
 
 # The thread of an answer, and its caller. This part depends on how Hayhooks, AsyncPipeline and OpenAIGenerator work
 # together, which tests/test_client_leaves.py checks with their oldest and newest releases.
 
 
-class Slots(asyncio.Semaphore):
-    """The slots of a PipelineWrapper: `async with` holds one, or raises HTTPException if all are taken."""
+LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those with an executor of this file
 
-    _loops: ClassVar[WeakSet[asyncio.AbstractEventLoop]] = WeakSet()  # those with an executor of this file
 
-    async def __aenter__(self) -> None:
-        if self.locked():
-            raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
-        self._provide_threads()
-        await super().__aenter__()  # does not wait, as there was no other `await` since `locked`
+def provide_threads() -> None:
+    """Give the event loop an executor with a thread for each answer; asyncio's own has only min(32, cores + 4).
 
-    def _provide_threads(self) -> None:
-        """Replace the event loop's executor, as asyncio's own has only min(32, cores + 4) threads.
-
-        The new one also serves other pipelines, and starts a thread only when none is free. So its limit is far above
-        that of the slots.
-        """
-        loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            self._loops.add(loop)
-            loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
+    Other pipelines share it, and a thread that waits for its upstream may outlive its answer. So its limit is far above
+    MAX_CONCURRENT_STREAMS; a thread is only started when none is free.
+    """
+    loop = asyncio.get_running_loop()
+    if loop not in LOOPS:
+        LOOPS.add(loop)
+        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 class Lockstep:
-    """Keeps the thread of an answer in step with its caller. For each chunk, in this order:
+    """Keeps the thread of an answer in step with its caller.
 
-    1. The thread sends the chunk, and calls `wait`, which blocks.
-    2. The caller takes the chunk, and the event loop calls `chunk_taken`.
-    3. `wait` returns True, and the thread reads the next chunk. When the caller has left, it returns False, and the
-       thread must stop.
+    The rule: after each chunk that it has sent, the thread calls `wait`. When the caller asks for the chunk after it,
+    the event loop calls `proceed`, and when the caller has left, `stop`.
 
-    Without this, the thread would read the answer to its end, which somebody pays for, although the caller has left;
-    and threads that run ahead of their callers would delay the first chunks of others. It needs every chunk that is
-    sent to arrive.
+    Without the rule, the thread would read the answer to its end, which somebody pays for, although the caller has
+    left; and threads that run ahead of their callers would delay the first chunks of others. If a chunk got lost on its
+    way to the caller, its thread would wait in vain, and fail after a minute.
     """
 
     def __init__(self) -> None:
-        self._returned_by_wait: SimpleQueue[bool] = SimpleQueue()
+        self._signals: SimpleQueue[bool] = SimpleQueue()  # True for `proceed`, False for `stop`
 
-    def chunk_taken(self) -> None:
-        """Let the thread read its next chunk."""
-        self._returned_by_wait.put(True)
+    def proceed(self) -> None:
+        self._signals.put(True)
 
-    def close(self) -> None:
-        """Let the thread stop: the caller has left, or the answer is over."""
-        self._returned_by_wait.put(False)
+    def stop(self) -> None:
+        self._signals.put(False)
 
     def wait(self) -> bool:
-        """Block the thread until its chunk has been taken; return whether to continue.
+        """Block until `proceed`, and return True, or until `stop`, and return False.
 
-        Raises RuntimeError if nobody takes it for a minute. A caller who then reads on finds a failure, and not an
-        answer that looks complete.
+        Raises RuntimeError after a minute, when the caller has stopped reading. If it then reads on, it finds a failure
+        and not an answer that looks complete.
         """
         try:
-            continues = self._returned_by_wait.get(timeout=60)
+            proceed = self._signals.get(timeout=60)
         except Empty:
-            raise RuntimeError("the caller has taken no chunk for 60 seconds") from None
-        if not continues:
-            self.close()  # again, for another component of the pipeline that streams, too
-        return continues
+            raise RuntimeError("the caller has asked for no chunk for 60 seconds") from None
+        if not proceed:
+            self.stop()  # again, for other components of the same pipeline that stream
+        return proceed
 
 
 # AsyncPipeline runs a sync component in a thread, with a copy of the context: there the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar[Lockstep | None] = ContextVar("CURRENT_LOCKSTEP", default=None)
 
 
-async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], slots: Slots, key: str) -> AsyncGenerator[StreamingChunk]:
+async def in_lockstep(
+    chunks: AsyncGenerator[StreamingChunk], slots: asyncio.Semaphore, key: str
+) -> AsyncGenerator[StreamingChunk]:
     """Yield the chunks of an answer, which holds a slot, in lockstep with its thread.
 
-    Raises HTTPException if there is no slot or if the answer fails; `key` is kept out of its text.
+    Raises HTTPException if no slot is free or if the answer fails; `key` is kept out of its text.
     """
-    async with slots:
-        lockstep = Lockstep()
+    if slots.locked():
+        raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+    provide_threads()
+    lockstep = Lockstep()
+    async with slots:  # does not wait, as there is no other `await` since `locked`
         try:
             token = CURRENT_LOCKSTEP.set(lockstep)
             try:
@@ -293,12 +284,12 @@ async def in_lockstep(chunks: AsyncGenerator[StreamingChunk], slots: Slots, key:
                 CURRENT_LOCKSTEP.reset(token)
             while chunk is not None:
                 yield chunk
-                lockstep.chunk_taken()
+                lockstep.proceed()
                 chunk = await anext(chunks, None)
         except Exception as error:  # Hayhooks has logged it
             raise as_http_exception(error, key) from None
         finally:  # also when the caller has left: Hayhooks then cancels the `await`, or closes this at the `yield`
-            lockstep.close()
+            lockstep.stop()
             await chunks.aclose()
 
 
@@ -312,7 +303,7 @@ def make_stoppable(llm: OpenAIGenerator) -> None:
     def until_caller_left(stream: openai.Stream[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
         lockstep = CURRENT_LOCKSTEP.get()  # None outside of an answer, as in a `pipeline.run_async` of your own
         with stream:  # otherwise the connection stays open until a garbage collection
-            for chunk in for_openai_generator(stream):
+            for chunk in normalized(stream):
                 yield chunk  # OpenAIGenerator sends it before it asks for the next one
                 if lockstep and not lockstep.wait():
                     return
@@ -324,11 +315,11 @@ def make_stoppable(llm: OpenAIGenerator) -> None:
     llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
 
 
-def for_openai_generator(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of an upstream in the form that OpenAIGenerator needs, which not all upstreams send.
+def normalized(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an upstream in the form that OpenAIGenerator can read, which not all upstreams send.
 
-    A failure after the finish_reason is ignored: some upstreams then cut the connection, or keep it open until the
-    timeout.
+    A failure of the upstream after the finish_reason is ignored: some cut the connection then, or keep it open until
+    the timeout.
     """
     is_whole = False
     try:
@@ -357,7 +348,7 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
         case openai.APIStatusError(status_code=400 | 422 as status, body=message):
             while not isinstance(message, str):  # the body is in OpenAI's form, FastAPI's, Gemini's or another
                 match message:
-                    case {"error": inner} | {"message": inner} | {"detail": inner} | {"msg": inner} | [inner, *_]:
+                    case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
                         message = inner
                     case _:
                         message = json.dumps(message)
@@ -389,19 +380,19 @@ async def as_events(
         "model": model,
     }
 
-    def event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
+    def delta_event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return Event(json.dumps({**head, "choices": [choice]}))
 
     chunk, usage = first, None
     try:
         async with aclosing(rest):
-            yield event({"role": "assistant", "content": ""})
+            yield delta_event({"role": "assistant", "content": ""})
             while chunk is not None:
                 finish_reason = chunk.meta.get("finish_reason") or chunk.finish_reason  # `meta` has the upstream's own
                 usage = chunk.meta.get("usage") or usage  # some upstreams send it early, or with each chunk
                 if chunk.content or finish_reason:
-                    yield event({"content": chunk.content} if chunk.content else {}, finish_reason)
+                    yield delta_event({"content": chunk.content} if chunk.content else {}, finish_reason)
                 chunk = await anext(rest, None)
         if usage and include_usage:
             yield Event(json.dumps({**head, "choices": [], "usage": usage}))
@@ -429,7 +420,7 @@ class Event(ChatCompletion):
 
 
 def as_completion(chunks: list[StreamingChunk], model: str) -> ChatCompletion:
-    """Join the chunks of an answer to one whole completion."""
+    """Join the chunks of an answer into one whole completion."""
     finish_reason, usage = None, None
     for chunk in chunks:
         finish_reason = chunk.meta.get("finish_reason") or chunk.finish_reason or finish_reason

@@ -300,7 +300,8 @@ def test_two_components_stream_and_stop(upstream: Upstream, tmp_path: Path) -> N
     file.write_text(example_with(python_block('"second"')))
     with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
         chat = Chat(server)
-        assert sorted(texts_of(chat.events())) == sorted(["Hello", ", ", "world", "!"] * 2)
+        assert sorted(texts_of(chat.events(temperature=0.5))) == sorted(["Hello", ", ", "world", "!"] * 2)
+        assert [one.body["temperature"] for one in upstream.received] == [0.5, 0.5]
         upstream.forget()
         upstream.reply = Reply([f"{number} " for number in range(10_000)], pace=0.02)
         with chat.open() as events:

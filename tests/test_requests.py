@@ -114,6 +114,7 @@ def test_what_the_model_receives(
         ("messages", [USER, assistant("Hello"), user("")]),
         ("text only", [user([IMAGE])]),
         ("text only", [USER, assistant("Hello"), user([*parts("What is this?"), IMAGE])]),
+        ("text only", [USER, user([*parts("What is this?"), IMAGE]), assistant("")]),
         *(("role", [system("Hi", role=role), USER]) for role in ("", "User", "robot")),
         *(("role", [{"role": role, "content": "Hi"}, USER]) for role in (None, ["user"], 5)),
         ("role", [{"content": "Hi"}, USER]),
