@@ -23,8 +23,10 @@ from harness.serving import (
     EXAMPLE,
     KEY,
     NAME,
+    DeployError,
     deployed,
     free_port,
+    hayhooks,
     load_wrapper,
     running,
     wait_until,
@@ -246,6 +248,13 @@ def test_the_commands_of_the_script_are_in_the_readmes() -> None:
     usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
     named = re.findall(r"\./tests/run (\w+)", README + (EXAMPLE / "tests" / "README.md").read_text())
     assert set(named) == set(re.findall(r"\./tests/run (\w+)", usage))
+
+
+def test_without_a_key_the_deploy_says_what_troubleshooting_shows() -> None:
+    [symptom] = re.findall(r"^\| `(OPENAI_API_KEY [^`]+)` at the deploy", README, re.MULTILINE)
+    with hayhooks() as server, pytest.raises(DeployError) as refused:
+        server.deploy()
+    assert symptom in " ".join(str(refused.value).split())
 
 
 # The code
@@ -480,6 +489,31 @@ def rows_below(heading: str) -> list[list[str]]:
     """Return the cells of a table, which the beginning of its heading names."""
     table = README[README.index(heading) :].split("\n\n", 1)[0].splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
+
+
+def test_the_costs_are_those_of_the_benchmark() -> None:
+    report = (EXAMPLE / "tests" / "benchmark.md").read_text()
+    first, chunks, servers = report.split("| --- |")[1:]
+
+    def row(table: str, name: str) -> list[str]:
+        [cells] = re.findall(rf"^\| {name} \| (.+) \|$", table, re.MULTILINE)
+        return [str(cell.split(" / ")[-1].strip()) for cell in cells.split("|")]
+
+    def seconds(streams: int) -> list[str]:
+        return [
+            f"{int(cell.removesuffix(' ms').replace(',', '')) / 1000:.1f} s" for cell in row(first, str(streams))[1:]
+        ]
+
+    per_server = [row(servers, name) for name in ("the plain version", "this example", "the async way")]
+    assert [cells[1:] for cells in rows_below("| | plain version | this example | async way |")] == [
+        seconds(100),
+        seconds(300),
+        row(chunks, "100")[1:],
+        [cells[2] for cells in per_server],
+        [cells[1] for cells in per_server],
+    ]
+    for version in re.findall(r"[a-z-]+ \d+\.\d+\.\d+", report.split("\n\n")[1]):
+        assert version in README
 
 
 FAILURES = rows_below("| the upstream | status |")
