@@ -10,7 +10,7 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -114,8 +114,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hide_input_in_errors=True)
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$")  # what an HTTP header can carry
-    OPENAI_MODEL: str = "gpt-5-mini"
-    OPENAI_BASE_URL: str = Field("https://api.openai.com/v1", pattern=r"^https?://[^\s/?#:]\S*$")
+    OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1)
+    OPENAI_BASE_URL: str = Field(
+        "https://api.openai.com/v1", pattern=r"^(?i:https?)://(\S+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[!-~]*)?$"
+    )
     OPENAI_TIMEOUT: float = Field(120, gt=0, le=3600)  # seconds without a byte from the upstream
     OPENAI_MAX_RETRIES: int = Field(0, ge=0, le=10)  # the SDK sleeps in the thread before each
     MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # whole answers count, too; the SDK has 1000 connections
@@ -154,19 +156,18 @@ def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
 
 
 def parse_content(content: Any) -> tuple[str, bool]:
-    """Return the text of a message, and whether that is all it holds. Content is text or a list of parts."""
+    """Return the text of a message or a delta, and whether that is all it holds. Content is text or a list of parts.
+
+    An unpaired half of a surrogate pair is replaced: JavaScript's `slice` makes them, and UTF-8 cannot carry them.
+    """
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = []
     for part in parts:
         match part:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
-    return replace_surrogates("".join(texts)), len(texts) == len(parts)
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace each unpaired half of a surrogate pair: JavaScript's `slice` makes them, and UTF-8 cannot carry them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = "".join(texts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, len(texts) == len(parts)
 
 
 PARAMETERS = (
@@ -189,8 +190,9 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     """Return the parameters for the upstream; raises HTTPException. All other fields of the body are dropped."""
     if body.get("n") not in (None, 1):
         raise HTTPException(400, "n must be 1.")
-    if body.get("tool_choice") not in (None, "auto", "none"):
-        raise HTTPException(400, "tool_choice must be auto or none: OpenAIGenerator answers with text only.")
+    match body.get("tool_choice"):
+        case "required" | {"type": "function" | "custom"}:
+            raise HTTPException(400, "tool_choice must be auto or none: OpenAIGenerator answers with text only.")
     parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
     try:
         # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
@@ -238,11 +240,13 @@ class Lockstep:
 
     def __init__(self) -> None:
         self._signals: SimpleQueue[bool] = SimpleQueue()  # True for `proceed`, False for `stop`
+        self.is_stopped = False
 
     def proceed(self) -> None:
         self._signals.put(True)
 
     def stop(self) -> None:
+        self.is_stopped = True
         self._signals.put(False)
 
     def wait(self) -> bool:
@@ -256,7 +260,7 @@ class Lockstep:
         except Empty:
             raise RuntimeError("the caller has asked for no chunk for 60 seconds") from None
         if not proceed:
-            self.stop()  # again, for other components of the same pipeline that stream
+            self._signals.put(False)  # again, for other components of the same pipeline that stream
         return proceed
 
 
@@ -300,43 +304,39 @@ def make_stoppable(llm: OpenAIGenerator) -> None:
     """
     create = llm.client.chat.completions.create
 
-    def until_caller_left(stream: openai.Stream[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
+    def until_caller_left(request: dict[str, Any]) -> Iterator[ChatCompletionChunk]:
         lockstep = CURRENT_LOCKSTEP.get()  # None outside of an answer, as in a `pipeline.run_async` of your own
-        with stream:  # otherwise the connection stays open until a garbage collection
-            for chunk in normalized(stream):
-                yield chunk  # OpenAIGenerator sends it before it asks for the next one
-                if lockstep and not lockstep.wait():
-                    return
+        is_whole = False
+        try:
+            with create(**request) as stream:  # without `with`, the connection stays open until a garbage collection
+                for chunk in stream:
+                    normalize(chunk)
+                    is_whole = is_whole or any(choice.finish_reason for choice in chunk.choices)
+                    yield chunk  # OpenAIGenerator sends it before it asks for the next one
+                    if lockstep and not lockstep.wait():
+                        return
+        except Exception:
+            # Some upstreams cut the connection after the finish_reason, or keep it open until the timeout. And when the
+            # caller has left, nobody handles the failure: asyncio would log its traceback.
+            if not is_whole and not (lockstep and lockstep.is_stopped):
+                raise
 
     def stoppable_create(**request: Any) -> Any:
-        response = create(**request)
-        return until_caller_left(response) if request.get("stream") else response
+        return until_caller_left(request) if request.get("stream") else create(**request)
 
     llm.client.chat.completions.create = stoppable_create  # type: ignore[method-assign]
 
 
-def normalized(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletionChunk]:
-    """Yield the chunks of an upstream in the form that OpenAIGenerator can read, which not all upstreams send.
-
-    A failure of the upstream after the finish_reason is ignored: some cut the connection then, or keep it open until
-    the timeout.
-    """
-    is_whole = False
-    try:
-        for chunk in stream:
-            chunk.choices = chunk.choices or []  # null or missing
-            for choice in chunk.choices:
-                choice.delta = choice.delta or ChoiceDelta()  # null
-                # OpenAI sends a refusal in place of text, if a schema was asked for.
-                choice.delta.content = replace_surrogates(choice.delta.content or choice.delta.refusal or "")
-                is_whole = is_whole or bool(choice.finish_reason)
-            if chunk.usage:
-                # Without the nulls that the SDK adds for what the upstream left out.
-                chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]
-            yield chunk
-    except Exception:
-        if not is_whole:
-            raise
+def normalize(chunk: ChatCompletionChunk) -> None:
+    """Change a chunk so that OpenAIGenerator can read it, whichever upstream it comes from."""
+    chunk.choices = chunk.choices or []  # null or missing
+    for choice in chunk.choices:
+        choice.delta = choice.delta or ChoiceDelta()  # null or missing
+        # OpenAI sends a refusal in place of content, when a schema was asked for.
+        choice.delta.content, _ = parse_content(choice.delta.content or choice.delta.refusal or "")
+    if chunk.usage:
+        # Without the nulls that the SDK adds for what the upstream left out.
+        chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]
 
 
 # Failures
@@ -345,14 +345,8 @@ def normalized(stream: Iterable[ChatCompletionChunk]) -> Iterator[ChatCompletion
 def as_http_exception(error: Exception, key: str) -> HTTPException:
     """Return what the caller of a failed answer may know."""
     match error.__cause__ or error:  # what the component raised, which newer releases of Haystack wrap
-        case openai.APIStatusError(status_code=400 | 422 as status, body=message):
-            while not isinstance(message, str):  # the body is in OpenAI's form, FastAPI's, Gemini's or another
-                match message:
-                    case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
-                        message = inner
-                    case _:
-                        message = json.dumps(message)
-            return HTTPException(status, replace_surrogates(message.replace(key, "[key]")))
+        case openai.APIStatusError(status_code=400 | 422 as status, body=body):
+            return HTTPException(status, upstream_message(body).replace(key, "[key]"))
         case openai.APIStatusError(status_code=429 | 503 as status, response=response):
             headers = {name: value for name, value in response.headers.items() if name.lower() == "retry-after"}
             return HTTPException(status, "The upstream is busy: try again later.", headers)
@@ -361,6 +355,16 @@ def as_http_exception(error: Exception, key: str) -> HTTPException:
         case cause if "Timeout" in type(cause).__name__:  # the SDK's, or httpx's, which openai 2 lets through
             return HTTPException(504, "The upstream did not answer in time.")
     return HTTPException(502, "The answer could not be completed.")
+
+
+def upstream_message(body: Any) -> str:
+    """Return the message in the body of an upstream's error: OpenAI's form, FastAPI's, Gemini's or another."""
+    match body:
+        case str():
+            return body
+        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
+            return upstream_message(inner)
+    return json.dumps(body)
 
 
 # The response

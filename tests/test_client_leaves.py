@@ -116,6 +116,28 @@ def test_python_code_that_leaves_stops_the_upstream(wrapper: Any, upstream: Upst
     wait_until_over(upstream)
 
 
+def test_a_failure_after_the_client_left_is_not_logged(wrapper: Any, upstream: Upstream) -> None:
+    upstream.reply = Reply(["Hello"], role=False, gated=True, then="break")
+    logged: list[dict[str, Any]] = []
+
+    async def ask_and_leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        chunks = await wrapper.run_chat_completion_async("", [{"role": "user", "content": "Hi"}], {})
+        upstream.release()
+        await anext(chunks)
+        reading = asyncio.create_task(anext(chunks))
+        await asyncio.sleep(0)  # the task starts, and the thread reads the next chunk
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        upstream.release()
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+        gc.collect()  # when a task is dropped, asyncio logs the exception that nobody has retrieved
+
+    asyncio.run(ask_and_leave())
+    assert logged == []
+
+
 @pytest.mark.skipif(TESTS_OTHER_WRAPPER, reason="others may leave the closing to Python")
 def test_a_stream_that_is_closed_closes_all_below_it(wrapper: Any, upstream: Upstream) -> None:
     upstream.reply = Reply(LONG, pace=0.01)

@@ -56,6 +56,7 @@ TWO_TURNS = "user: What is it?\n\nassistant: Red.\n\nuser: hello"
         pytest.param(OPEN_WEBUI, [HELLO], SINGLE, id="Open WebUI: a message"),
         pytest.param({**OPEN_WEBUI, "tool_choice": "auto"}, [HELLO], SINGLE, id="tool_choice auto"),
         pytest.param({**OPEN_WEBUI, "tool_choice": "none"}, [HELLO], SINGLE, id="tool_choice none"),
+        pytest.param({**OPEN_WEBUI, "tool_choice": {"type": "auto"}}, [HELLO], SINGLE, id="tool_choice type auto"),
         pytest.param({"functions": [{"name": "f"}], "stream": True}, [HELLO], SINGLE, id="functions"),
         pytest.param(
             OPEN_WEBUI,

@@ -57,6 +57,13 @@ ODD = {
     "neither finish_reason nor DONE": Reply(raw=A + B),
     "delta null": Reply(raw=A + B + choice(None, finish_reason="stop") + DONE),
     "delta missing": Reply(raw=A + B + data({"choices": [{"index": 0, "finish_reason": "stop"}]}) + DONE),
+    "content in parts": Reply(
+        raw=choice({"content": [{"type": "thinking", "thinking": []}]})
+        + choice({"content": [{"type": "text", "text": "Hello "}]})
+        + B
+        + STOP
+        + DONE
+    ),
     "content null": Reply(raw=choice({"content": None}) + A + B + STOP + DONE),
     "reasoning": Reply(raw=choice({"reasoning_content": "Hm."}) + A + B + STOP + DONE),
     "another reason": Reply(raw=A + B + choice({}, finish_reason="model_length") + DONE),
@@ -165,7 +172,6 @@ NOT_AN_ANSWER = {
     "an error event": Reply(raw=data({"error": {"message": TOLD}}) + DONE),
     "no JSON": Reply(raw="data: {not JSON\n\n"),
     "no object": Reply(raw=data(["Hello"])),
-    "content is no text": Reply(raw=choice({"content": ["Hello"]}) + STOP + DONE),
     "a page": Reply(raw="<html>Hello</html>", headers={"content-type": "text/html"}),
 }
 
@@ -202,11 +208,11 @@ def test_no_connection_is_a_bad_gateway(without_upstream: Chat, stream: bool) ->
     assert response.json() == {"detail": BROKE_OFF}
 
 
-@pytest.mark.parametrize("message", [f"Your key {KEY} is bad.", f"{KEY}", "bad \ud83d"])
+@pytest.mark.parametrize("message", [f"Your key {KEY} is bad.", f"{KEY}"])
 def test_the_key_is_replaced_and_the_message_can_be_sent(chat: Chat, upstream: Upstream, message: str) -> None:
     for status in (400, 422):
         upstream.reply = failing(status, {"error": {"message": message}})
-        expected = message.replace(KEY, "[key]").replace("\ud83d", "\ufffd")
+        expected = message.replace(KEY, "[key]")
         assert chat.post(stream=True).json() == {"detail": expected}
 
 
@@ -216,7 +222,6 @@ FAILING_LATER = {
     "cut": (Reply(raw=A + B, then="break"), BROKE_OFF, 502),
     "an error event": (Reply(raw=A + B + data({"error": {"message": TOLD}}) + DONE), BROKE_OFF, 502),
     "no JSON": (Reply(raw=A + B + "data: {not JSON\n\n"), BROKE_OFF, 502),
-    "content is no text": (Reply(raw=A + B + choice({"content": {"text": "!"}})), BROKE_OFF, 502),
     "silence": (Reply(raw=A + B, then="stall"), TOO_LATE, 504),
 }
 
