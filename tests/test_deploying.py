@@ -113,30 +113,20 @@ def test_the_defaults(wrapper_class: Any, monkeypatch: pytest.MonkeyPatch) -> No
 BAD_KEY = "sk-0123456789“abcdef”"
 
 
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ({}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": BAD_KEY}, "OPENAI_API_KEY"),
-        ({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "localhost:1/v1"}, "OPENAI_BASE_URL"),
-    ],
-    ids=["no key", "a key that no header can carry", "no URL"],
-)
-def test_the_deploy_is_refused(variables: dict[str, str], name: str) -> None:
-    with hayhooks(**variables) as server:
-        with pytest.raises(DeployError) as refused:
+def test_the_deploy_without_a_key_is_refused() -> None:
+    with hayhooks() as server, pytest.raises(DeployError, match="OPENAI_API_KEY"):
+        server.deploy()
+
+
+def test_a_key_that_no_header_can_carry_is_named_and_not_shown() -> None:
+    with hayhooks(wrapper=WRAPPER, OPENAI_API_KEY=BAD_KEY, OPENAI_BASE_URL="localhost:1/v1") as server:
+        assert "OPENAI_API_KEY" in server.log  # from the start
+        with pytest.raises(DeployError, match="OPENAI_BASE_URL") as refused:
             server.deploy()
-        assert name in str(refused.value)
         for text in (str(refused.value), server.log):
+            assert "OPENAI_API_KEY" in text
             assert BAD_KEY not in text
-            assert KEY not in text
             assert "localhost:1/v1" not in text
-
-
-def test_a_key_that_no_header_can_carry_is_not_logged_at_the_start() -> None:
-    with hayhooks(wrapper=WRAPPER, OPENAI_API_KEY=BAD_KEY) as server:
-        assert "OPENAI_API_KEY" in server.log
-        assert BAD_KEY not in server.log
 
 
 @pytest.fixture

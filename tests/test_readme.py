@@ -175,8 +175,10 @@ def test_the_container_serves_the_example(upstream: Upstream, tmp_path: Path) ->
     image, app = tmp_path / "image", tmp_path / "app"
     subprocess.run([sys.executable, "-m", "venv", image], check=True)
     environment = {"PATH": f"{image}/bin{os.pathsep}{os.environ['PATH']}", "HOME": "/nonexistent"}
-    faster = {"PIP_NO_COMPILE": "1"}
-    subprocess.run(["sh", "-euc", instructions["RUN"]], env={**os.environ, **environment, **faster}, check=True)
+    install = {**os.environ, **environment, "PIP_NO_COMPILE": "1", "VIRTUAL_ENV": str(image)}
+    if uv := shutil.which("uv", path=sysconfig.get_path("scripts")):  # installs the same in a tenth of the time
+        (image / "bin" / "pip").write_text(f'#!/bin/sh\nexec {shlex.quote(uv)} pip "$@"\n')
+    subprocess.run(["sh", "-euc", instructions["RUN"]], env=install, check=True)
     copied, folder = instructions["COPY"].replace("/app", str(app)).split()
     Path(folder).mkdir(parents=True)
     shutil.copy(EXAMPLE / copied, folder)
