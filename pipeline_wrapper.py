@@ -129,23 +129,23 @@ class Settings(BaseSettings):
 def parse_messages(messages: list[dict[str, Any]]) -> tuple[str | None, str]:
     """Return the system prompt, if there is one, and the conversation as one prompt; raises HTTPException."""
     instructions: list[str] = []
-    turns: list[tuple[str, str, bool]] = []  # role, text, whether there is nothing but text
+    turns: list[tuple[str, str, bool]] = []  # role, text, whether it can be the last one
     for message in messages:
         text, is_text_only = parse_content(message.get("content"))
         match message.get("role"):
             case "system" | "developer":
                 instructions.append(text)
             case "user":
-                turns.append(("user", text, is_text_only))
+                turns.append(("user", text, is_text_only and bool(text.strip())))
             case "assistant":
                 if text.strip():
-                    turns.append(("assistant", text, True))
+                    turns.append(("assistant", text, True))  # the last one is to be continued
             case "tool" | "function":
                 pass
             case _:
                 raise HTTPException(400, "Each of messages must have a role that OpenAI knows.")
-    if not all(text.strip() and is_text_only for _, text, is_text_only in turns[-1:]):
-        raise HTTPException(400, "The last of messages must be text, and not blank: OpenAIGenerator takes text only.")
+    if turns and not turns[-1][2]:
+        raise HTTPException(400, "messages must not end with a blank or an image: OpenAIGenerator takes text only.")
     conversation = [(role, text) for role, text, _ in turns if text.strip()]
     if not any(role == "user" for role, _ in conversation):
         raise HTTPException(400, "messages must have text from the user.")
@@ -197,7 +197,7 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
     try:
         # Haystack copies the parameters item by item on the event loop, and all streams wait for it.
         is_acceptable = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
-    except (ValueError, RecursionError):  # JSON cannot carry them
+    except (ValueError, RecursionError):  # JSON in UTF-8 cannot carry them
         is_acceptable = False
     if not is_acceptable:
         raise HTTPException(400, f"{', '.join(parameters)} must be valid JSON of at most 64 KiB together.")
@@ -210,7 +210,6 @@ def parse_parameters(body: dict[str, Any], base_url: str) -> dict[str, Any]:
 
 # The thread of an answer, and its caller. This part depends on how Hayhooks, AsyncPipeline and OpenAIGenerator work
 # together, which tests/test_client_leaves.py checks with their oldest and newest releases.
-
 
 LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()  # those with an executor of this file
 
@@ -234,8 +233,10 @@ class Lockstep:
     the event loop calls `proceed`, and when the caller has left, `stop`.
 
     Without the rule, the thread would read the answer to its end, which somebody pays for, although the caller has
-    left; and threads that run ahead of their callers would delay the first chunks of others. If a chunk got lost on its
-    way to the caller, its thread would wait in vain, and fail after a minute.
+    left; and threads that run ahead of their callers would delay the first chunks of others. It needs each chunk to
+    arrive: if one got lost on its way to the caller, its thread would wait in vain, and fail after a minute.
+
+    OpenAIGenerator keeps the rule after `make_stoppable`. A component of your own calls `wait` itself.
     """
 
     def __init__(self) -> None:
@@ -252,8 +253,8 @@ class Lockstep:
     def wait(self) -> bool:
         """Block until `proceed`, and return True, or until `stop`, and return False.
 
-        Raises RuntimeError after a minute, when the caller has stopped reading. If it then reads on, it finds a failure
-        and not an answer that looks complete.
+        Raises RuntimeError after a minute in which the caller has stopped reading. A caller who reads on later finds
+        the failure, and not half an answer that looks complete.
         """
         try:
             proceed = self._signals.get(timeout=60)
@@ -279,7 +280,7 @@ async def in_lockstep(
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
     provide_threads()
     lockstep = Lockstep()
-    async with slots:  # does not wait, as there is no other `await` since `locked`
+    async with slots:  # does not wait, as nothing was awaited since `locked`
         try:
             token = CURRENT_LOCKSTEP.set(lockstep)
             try:
@@ -298,7 +299,7 @@ async def in_lockstep(
 
 
 def make_stoppable(llm: OpenAIGenerator) -> None:
-    """Let OpenAIGenerator stop when the caller has left: the stream over which it loops ends then.
+    """Let OpenAIGenerator stop at the next chunk after the caller has left: the stream over which it loops ends there.
 
     The stream is what the SDK's `create` returns, so this replaces `create`.
     """
@@ -316,9 +317,10 @@ def make_stoppable(llm: OpenAIGenerator) -> None:
                     if lockstep and not lockstep.wait():
                         return
         except Exception:
-            # Some upstreams cut the connection after the finish_reason, or keep it open until the timeout. And when the
-            # caller has left, nobody handles the failure: asyncio would log its traceback.
-            if not is_whole and not (lockstep and lockstep.is_stopped):
+            # Some upstreams cut the connection after the finish_reason, or keep it open until the timeout. And nobody
+            # handles a failure for a caller who has left: asyncio would log its traceback.
+            caller_left = lockstep is not None and lockstep.is_stopped
+            if not is_whole and not caller_left:
                 raise
 
     def stoppable_create(**request: Any) -> Any:
@@ -328,7 +330,7 @@ def make_stoppable(llm: OpenAIGenerator) -> None:
 
 
 def normalize(chunk: ChatCompletionChunk) -> None:
-    """Change a chunk so that OpenAIGenerator can read it, whichever upstream it comes from."""
+    """Change a chunk in place, so that OpenAIGenerator can read what some upstreams send."""
     chunk.choices = chunk.choices or []  # null or missing
     for choice in chunk.choices:
         choice.delta = choice.delta or ChoiceDelta()  # null or missing
@@ -406,10 +408,10 @@ async def as_events(
 
 
 class Event(ChatCompletion):
-    """An event of a stream, of which Hayhooks sends the data as it is given here.
+    """An event of a stream, which Hayhooks sends as it is.
 
-    Hayhooks' own events have a null for each missing field, on which OpenAI's Node SDK throws, and other keys beside
-    `error`, with which some clients take a failed answer for complete.
+    Hayhooks' own events have a null for each missing field, and OpenAI's Node SDK throws on those. They also have other
+    keys beside `error`, and some clients then take a failed answer for a complete one.
     """
 
     _data: str

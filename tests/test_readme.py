@@ -214,7 +214,7 @@ def test_the_manifest_is_what_kubernetes_takes() -> None:
 
 
 def test_the_app_of_ones_own_authenticates_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
-    (checkout.folder / "app.py").write_text(python_block("create_app").replace("1416", str(checkout.port)))
+    (checkout.folder / "app.py").write_text(python_block("create_app"))
     checkout.run(f"mkdir -p pipelines/{NAME}; cp pipeline_wrapper.py pipelines/{NAME}")
     checkout.environment.update(CLIENT_KEY="geheim", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
     url = f"http://127.0.0.1:{checkout.port}"
