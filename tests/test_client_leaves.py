@@ -130,7 +130,10 @@ def test_a_failure_after_the_client_left_is_not_logged(wrapper: Any, upstream: U
         reading.cancel()
         await asyncio.wait([reading], timeout=1)  # Hayhooks 1 waits for the thread
         upstream.release()
-        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+        await asyncio.gather(reading, return_exceptions=True)
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
+        del others
         gc.collect()  # when a task is dropped, asyncio logs the exception that nobody has retrieved
 
     asyncio.run(ask_and_leave())
