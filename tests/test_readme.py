@@ -387,6 +387,11 @@ def test_a_pipeline_from_yaml_takes_its_place(upstream: Upstream, tmp_path: Path
         chat = Chat(server)
         assert text_of(chat.events([{"role": "system", "content": "Be brief."}, *HI])) == "Hello, world!"
         assert upstream.received[0].body["messages"] == [{"role": "system", "content": "Be brief."}, *HI]
+        upstream.reply = Reply(["token "] * 1000, pace=0.02)
+        with chat.open() as events:
+            next(texts_of(events))
+        upstream.wait_until(lambda: upstream.received[1].over)
+        assert upstream.received[1].left
         upstream.reply = Reply(then="break")
         assert "error" in chat.events()[-1]
 
