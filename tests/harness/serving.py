@@ -1,7 +1,7 @@
 """Start Hayhooks and deploy a wrapper to it the way a user does: `hayhooks run`, then `deploy-files`."""
 
+import atexit
 import contextlib
-import importlib.util
 import os
 import shutil
 import socket
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hayhooks.server.utils.module_loader import load_pipeline_module
+
 EXAMPLE = Path(__file__).resolve().parents[2]
-# The wrapper under test, a file or a folder: this folder's, or the one that `./tests/run test --wrapper` names.
-WRAPPER = Path(os.environ.get("WRAPPER") or EXAMPLE / "pipeline_wrapper.py")
+# The wrapper under test, a file or a folder: this folder, or the one that `./tests/run test --wrapper` names.
+WRAPPER = Path(os.environ.get("WRAPPER") or EXAMPLE)
 TESTS_OTHER_WRAPPER = "WRAPPER" in os.environ
 NAME = "async_hybrid_streaming"
 KEY = "sk-test-0123456789abcdef"
@@ -44,7 +46,7 @@ class Server:
         return (self.folder / "server.log").read_text()
 
     def deploy(self, wrapper: Path = WRAPPER, name: str = NAME) -> None:
-        """Deploy a copy of the wrapper alone with the CLI; raise DeployError with its output when it is refused."""
+        """Deploy a clean copy of the wrapper with the CLI; raise DeployError with its output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
             copy_wrapper(wrapper, Path(clean))
             command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, "--overwrite", clean]
@@ -72,14 +74,10 @@ def copy_wrapper(wrapper: Path, folder: Path) -> None:
 
 def load_wrapper() -> Any:
     """Return the module of the wrapper under test, for Python code that uses its class without a server."""
-    file = WRAPPER if WRAPPER.is_file() else WRAPPER / "pipeline_wrapper.py"
-    sys.path.insert(0, str(file.parent))  # for what it imports from its own folder
-    specification = importlib.util.spec_from_file_location("pipeline_wrapper", file)
-    assert specification
-    assert specification.loader
-    module = sys.modules["pipeline_wrapper"] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    copy_wrapper(WRAPPER, folder)
+    return load_pipeline_module(NAME, folder)
 
 
 def free_port() -> int:

@@ -1,0 +1,181 @@
+"""From the chunks of an answer to what its client expects."""
+
+import asyncio
+import functools
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi_openai_compat import ChatCompletion, Choice, Message
+from hayhooks import log
+from haystack.dataclasses import StreamingChunk
+
+from .lockstep import in_lockstep
+from .request import replace_lone_surrogates
+from .settings import Limits
+from .upstream import as_http_exception
+
+
+def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Callable[..., Any]:
+    """Decorate a `run_chat_completion_async` that returns the chunks of an answer.
+
+    An OpenAI client, whose `body` always has `stream`, gets the events of a stream or one whole completion. Hayhooks'
+    A2A server and Python code, whose `body` has no `stream`, get the chunks. All of them get an HTTPException if the
+    answer fails, or if MAX_CONCURRENT_STREAMS answers are in progress.
+    """
+    slots = asyncio.Semaphore(Limits().MAX_CONCURRENT_STREAMS)
+
+    @functools.wraps(chat)  # Hayhooks reads its signature
+    async def respond(
+        self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any], **headers: Any
+    ) -> Any:
+        try:
+            chunks = await chat(self, model, messages, body, **headers)
+        except HTTPException:
+            raise
+        except Exception as error:
+            log.opt(exception=True).error("The pipeline was not started: {}", error)
+            raise as_http_exception(error) from error
+        answer = in_slot(chunks, slots)
+        if "stream" not in body:
+            return answer
+        if not body["stream"]:
+            return as_completion([item async for item in answer], model)
+        stream_options = body.get("stream_options")
+        include_usage = isinstance(stream_options, dict) and bool(stream_options.get("include_usage"))
+        # Hayhooks sends status 200 as soon as this function returns. Until then, a failure can have its own status.
+        first = await anext(answer, None)
+        return as_events(first, answer, model, include_usage)
+
+    return respond
+
+
+async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
+    """Yield the chunks of an answer, which holds a slot. The last one has a finish_reason where the component has none.
+
+    Among the chunks, there may be items that Hayhooks' own callbacks have added. Raises HTTPException if no slot is
+    free, if the answer fails, or if there is no chunk.
+    """
+    if slots.locked():
+        raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+    is_empty, reports_finish = True, False
+    async with slots, aclosing(in_lockstep(chunks)) as items:  # does not wait, as nothing was awaited since `locked`
+        try:
+            async for item in items:
+                if isinstance(item, StreamingChunk):
+                    is_empty = False
+                    reports_finish = reports_finish or "finish_reason" in item.meta or item.finish_reason is not None
+                yield item
+        except Exception as error:  # Hayhooks has logged it
+            raise as_http_exception(error) from error
+    if is_empty:
+        log.error("No component has streamed: does streaming_components name one that takes a streaming_callback?")
+        raise HTTPException(502, "The answer could not be completed.")
+    if not reports_finish:
+        yield StreamingChunk("", finish_reason="stop")
+
+
+def text_in(item: Any) -> str:
+    """Return the text of a chunk, or of what Hayhooks' callbacks have added."""
+    text = item.content if isinstance(item, StreamingChunk) else item
+    return replace_lone_surrogates(text) if isinstance(text, str) else ""
+
+
+def finish_reason_in(chunk: StreamingChunk) -> str | None:
+    return chunk.finish_reason or chunk.meta.get("finish_reason")  # in OpenAI's words, or else in the upstream's
+
+
+def is_last(chunk: StreamingChunk, finish_reason: str | None) -> bool:
+    """Return whether a chunk ends an answer, rather than being a sign that the model still works on it."""
+    return bool(finish_reason_in(chunk) or (finish_reason and usage_in(chunk)))
+
+
+def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
+    """Return the usage in OpenAI's words; None if there is none, or if it is in those of another provider."""
+    usage = chunk.meta.get("usage")
+    if not isinstance(usage, dict) or "prompt_tokens" not in usage:
+        return None
+    try:
+        return json.loads(json.dumps(usage))
+    except (TypeError, ValueError):
+        return None
+
+
+async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
+    """Yield the events of a stream, given the first item of an answer, if there is one, and the rest.
+
+    If the answer fails, an error event precedes the end. Without it, the answer would look complete.
+    """
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": model,
+    }
+
+    def delta_event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return Event(json.dumps({**head, "choices": [choice]}))
+
+    item, finish_reason, usage = first, None, None
+    try:
+        async with aclosing(rest):
+            yield delta_event({"role": "assistant", "content": ""})
+            while item is not None:
+                if not isinstance(item, StreamingChunk):
+                    yield item
+                elif text := text_in(item):
+                    yield delta_event({"content": text})
+                elif item is not first and not is_last(item, finish_reason):
+                    yield delta_event({"content": ""})  # the model reasons, and proxies cut silent connections
+                if isinstance(item, StreamingChunk):
+                    finish_reason = finish_reason_in(item) or finish_reason
+                    usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
+                item = await anext(rest, None)
+        if finish_reason:
+            yield delta_event({}, finish_reason)
+        if usage and include_usage:
+            yield Event(json.dumps({**head, "choices": [], "usage": usage}))
+    except HTTPException as failure:
+        yield Event(json.dumps({"error": {"message": str(failure.detail), "type": "server_error"}}))
+    yield Event("[DONE]")
+
+
+class Event(ChatCompletion):
+    """An event of a stream, whose data Hayhooks sends as it is.
+
+    Events made by Hayhooks have a null for each missing field, at which OpenAI's Node SDK throws. They would also have
+    other keys beside `error`, and then some clients take a failed answer for a complete one.
+    """
+
+    _data: str
+
+    def __init__(self, data: str) -> None:
+        # Hayhooks sends what `model_dump_json` returns, but only of a ChatCompletion, which requires these fields.
+        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])
+        self._data = data
+
+    def model_dump_json(self, **_: Any) -> str:
+        return self._data
+
+
+def as_completion(items: list[Any], model: str) -> ChatCompletion:
+    """Join the items of an answer into one whole completion."""
+    chunks = [item for item in items if isinstance(item, StreamingChunk)]
+    finish_reason, usage = None, None
+    for chunk in chunks:
+        finish_reason = finish_reason_in(chunk) or finish_reason
+        usage = usage_in(chunk) or usage
+    message = Message(role="assistant", content="".join(text_in(item) for item in items))
+    return ChatCompletion(
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        object="chat.completion",
+        created=int(time.time()),
+        model=model,
+        choices=[Choice(index=0, message=message, finish_reason=finish_reason)],
+        usage=usage,
+    )
