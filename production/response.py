@@ -1,12 +1,12 @@
 """From the chunks of an answer to what its client expects."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import HTTPException
@@ -14,10 +14,10 @@ from fastapi_openai_compat import ChatCompletion, Choice, Message
 from hayhooks import log
 from haystack.dataclasses import StreamingChunk
 
+from .failure import as_http_exception
 from .lockstep import in_lockstep
 from .request import replace_lone_surrogates
 from .settings import Limits
-from .upstream import as_http_exception
 
 
 def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Callable[..., Any]:
@@ -30,9 +30,7 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
     slots = asyncio.Semaphore(Limits().MAX_CONCURRENT_STREAMS)
 
     @functools.wraps(chat)  # Hayhooks reads its signature
-    async def respond(
-        self: Any, model: str, messages: list[dict[str, Any]], body: dict[str, Any], **headers: Any
-    ) -> Any:
+    async def respond(self: Any, model: str, messages: list[Any], body: dict[str, Any], **headers: Any) -> Any:
         try:
             chunks = await chat(self, model, messages, body, **headers)
         except HTTPException:
@@ -55,21 +53,21 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 
 
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
-    """Yield the chunks of an answer, which holds a slot. The last one has a finish_reason where the component has none.
+    """Yield the chunks of an answer, and what Hayhooks' callbacks have put between them, while holding a slot.
 
-    Among the chunks, there may be items that Hayhooks' own callbacks have added. Raises HTTPException if no slot is
-    free, if the answer fails, or if there is no chunk.
+    Adds a finish_reason if the component reports none. Raises HTTPException if no slot is free, if the answer fails, or
+    if it has no chunk.
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
     is_empty, reports_finish = True, False
-    async with slots, aclosing(in_lockstep(chunks)) as items:  # does not wait, as nothing was awaited since `locked`
+    async with slots, contextlib.aclosing(in_lockstep(chunks)) as items:  # a free slot is taken without waiting
         try:
             async for item in items:
                 if isinstance(item, StreamingChunk):
                     is_empty = False
                     reports_finish = reports_finish or "finish_reason" in item.meta or item.finish_reason is not None
-                yield item
+                yield StreamingChunk(item) if isinstance(item, str) else item
         except Exception as error:  # Hayhooks has logged it
             raise as_http_exception(error) from error
     if is_empty:
@@ -79,30 +77,17 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
         yield StreamingChunk("", finish_reason="stop")
 
 
-def text_in(item: Any) -> str:
-    """Return the text of a chunk, or of what Hayhooks' callbacks have added."""
-    text = item.content if isinstance(item, StreamingChunk) else item
-    return replace_lone_surrogates(text) if isinstance(text, str) else ""
-
-
 def finish_reason_in(chunk: StreamingChunk) -> str | None:
     return chunk.finish_reason or chunk.meta.get("finish_reason")  # in OpenAI's words, or else in the upstream's
 
 
-def is_last(chunk: StreamingChunk, finish_reason: str | None) -> bool:
-    """Return whether a chunk ends an answer, rather than being a sign that the model still works on it."""
-    return bool(finish_reason_in(chunk) or (finish_reason and usage_in(chunk)))
-
-
 def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
-    """Return the usage in OpenAI's words; None if there is none, or if it is in those of another provider."""
+    """Return the usage, if there is one, in OpenAI's words, and JSON can carry it."""
     usage = chunk.meta.get("usage")
-    if not isinstance(usage, dict) or "prompt_tokens" not in usage:
-        return None
-    try:
-        return json.loads(json.dumps(usage))
-    except (TypeError, ValueError):
-        return None
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(usage, dict) and "prompt_tokens" in usage:
+            return json.loads(json.dumps(usage))
+    return None
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
@@ -110,12 +95,7 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
 
     If the answer fails, an error event precedes the end. Without it, the answer would look complete.
     """
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": model,
-    }
+    head = head_of("chat.completion.chunk", model)
 
     def delta_event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
@@ -123,18 +103,17 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
 
     item, finish_reason, usage = first, None, None
     try:
-        async with aclosing(rest):
+        async with contextlib.aclosing(rest):
             yield delta_event({"role": "assistant", "content": ""})
             while item is not None:
-                if not isinstance(item, StreamingChunk):
-                    yield item
-                elif text := text_in(item):
-                    yield delta_event({"content": text})
-                elif item is not first and not is_last(item, finish_reason):
-                    yield delta_event({"content": ""})  # the model reasons, and proxies cut silent connections
                 if isinstance(item, StreamingChunk):
                     finish_reason = finish_reason_in(item) or finish_reason
                     usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
+                    # One without text is sent, too, as proxies cut the connection while a model reasons in silence.
+                    if item.content or not finish_reason_in(item):
+                        yield delta_event({"content": replace_lone_surrogates(item.content)})
+                else:
+                    yield item
                 item = await anext(rest, None)
         if finish_reason:
             yield delta_event({}, finish_reason)
@@ -170,12 +149,10 @@ def as_completion(items: list[Any], model: str) -> ChatCompletion:
     for chunk in chunks:
         finish_reason = finish_reason_in(chunk) or finish_reason
         usage = usage_in(chunk) or usage
-    message = Message(role="assistant", content="".join(text_in(item) for item in items))
-    return ChatCompletion(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        object="chat.completion",
-        created=int(time.time()),
-        model=model,
-        choices=[Choice(index=0, message=message, finish_reason=finish_reason)],
-        usage=usage,
-    )
+    text = replace_lone_surrogates("".join(chunk.content for chunk in chunks))
+    choice = Choice(index=0, message=Message(role="assistant", content=text), finish_reason=finish_reason)
+    return ChatCompletion(**head_of("chat.completion", model), choices=[choice], usage=usage)
+
+
+def head_of(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

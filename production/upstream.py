@@ -1,12 +1,9 @@
-"""What upstreams refuse, send and raise, and what of it OpenAIGenerator and the client can handle."""
+"""Lets an OpenAIGenerator cope with what OpenAI-compatible upstreams refuse and send."""
 
-import contextlib
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
-from fastapi import HTTPException
 from hayhooks import log
 from openai.types.chat.chat_completion_chunk import ChatCompletionChunk, ChoiceDelta
 
@@ -87,73 +84,3 @@ def normalize(chunk: ChatCompletionChunk) -> None:
     if chunk.usage:
         # Without the nulls that the SDK adds for what the upstream left out.
         chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]
-
-
-def as_http_exception(error: BaseException) -> HTTPException:
-    """Return what the client of a failed answer may know of the error, or of what it wraps. Any SDK may have raised it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        response = getattr(cause, "response", None)
-        status = getattr(cause, "status_code", None) or getattr(response, "status_code", None)
-        if isinstance(cause, HTTPException):
-            return cause
-        if isinstance(status, int):
-            return failure_of(status, cause, response)
-        if "Timeout" in type(cause).__name__:  # each SDK has its own
-            return HTTPException(504, "The upstream did not answer in time.")
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return HTTPException(502, "The answer could not be completed.")
-
-
-# OpenAI's SDKs obey this header, and most other clients do not repeat what got a 4xx. After a 5xx, agents ask for minutes.
-NO_RETRY = {"x-should-retry": "false"}
-
-
-def failure_of(status: int, error: BaseException, response: Any) -> HTTPException:
-    """Return what the client may know of an error with a status, and with the upstream's response if there is one."""
-    match status:
-        case 400 | 422:
-            return HTTPException(status, without_key(message_of(error, response), response))
-        case 429 | 503:
-            retry_after = {name: value for name, value in headers_of(response).items() if name == "retry-after"}
-            return HTTPException(status, "The upstream is busy, or its quota is used up.", retry_after)
-        case 401 | 403:
-            return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
-        case 408 | 504:
-            return HTTPException(504, "The upstream did not answer in time.")
-        case _ if 400 <= status < 500 and status != 409:  # such as 404 for an unknown model
-            return HTTPException(424, "The upstream refused the request.", NO_RETRY)
-    return HTTPException(502, "The answer could not be completed.")
-
-
-def message_of(error: BaseException, response: Any) -> str:
-    """Return the upstream's message, from the body of its error if the SDK has kept that, or else from its response."""
-    body = getattr(error, "body", None)
-    if body is None:
-        with contextlib.suppress(Exception):
-            body = response.json()
-    return str(error) if body is None else message_in(body)
-
-
-def message_in(body: Any) -> str:
-    """Return the message in the body of an error, which may have OpenAI's form, FastAPI's, Gemini's or another."""
-    match body:
-        case str():
-            return body
-        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
-            return message_in(inner)
-    return json.dumps(body)
-
-
-def without_key(message: str, response: Any) -> str:
-    """Return the message without the key of the request. A short key is no secret, and may be part of a word."""
-    for name, value in headers_of(getattr(response, "request", None)).items():
-        key = value.removeprefix("Bearer ")
-        if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:
-            message = message.replace(key, "[key]")
-    return message
-
-
-def headers_of(message: Any) -> dict[str, str]:
-    """Return the headers of a request or a response, whichever HTTP library it is from."""
-    return {name.lower(): value for name, value in (getattr(message, "headers", None) or {}).items()}

@@ -66,12 +66,17 @@ TURNS = "user: I am {{ Ada }}.\n\nassistant: Hello Ada.\n\nuser: the question"
     [
         ([system("Be {{ brief }}."), USER], "Be {{ brief }}.", "the question"),
         ([system("Be brief.", role="developer"), USER], "Be brief.", "the question"),
-        ([system("One.", role="developer"), *ADA, system("Two."), USER], "One.\nTwo.", TURNS),
+        ([system("One.", role="developer"), system("Two."), *ADA, USER], "One.\nTwo.", TURNS),
+        ([*ADA, system("12:00"), USER], None, TURNS.replace("user: the", "system: 12:00\n\nuser: the")),
+        ([*ADA, USER, system(parts("12", ":00"), role="developer")], None, f"{TURNS}\n\nsystem: 12:00"),
+        ([*ADA, system(" "), USER], None, TURNS),
+        ([system("Write a title."), system("Be brief.")], None, "Write a title.\nBe brief."),
+        ([system("Write a title."), assistant("Office")], None, "system: Write a title.\n\nassistant: Office"),
         ([system(""), USER], None, "the question"),
         ([system(None), USER], None, "the question"),
         ([system(parts("Be ", "brief.")), USER], "Be brief.", "the question"),
         ([system([IMAGE, *parts("Be brief.")]), USER], "Be brief.", "the question"),
-        ([USER, system("Be brief.")], "Be brief.", "the question"),
+        ([USER, system("Be brief.")], None, "user: the question\n\nsystem: Be brief."),
         ([user(parts("the ", "", "question"))], None, "the question"),
         ([*ADA, USER], None, TURNS),
         ([*ADA, assistant(None), USER], None, TURNS),
@@ -106,7 +111,7 @@ def test_what_the_model_receives(
     ("field", "messages"),
     [
         ("messages", []),
-        ("messages", [system("Be brief.")]),
+        ("messages", [system(" ")]),
         ("messages", [assistant("Hello")]),
         ("messages", [user(" "), assistant("Hello")]),
         *(("messages", [user(content)]) for content in ("", " \n\t", "\u2003", parts(" "), None, 5, [], ["Hi"])),
@@ -115,6 +120,9 @@ def test_what_the_model_receives(
         ("text only", [user([IMAGE])]),
         ("text only", [USER, assistant("Hello"), user([*parts("What is this?"), IMAGE])]),
         ("text only", [USER, user([*parts("What is this?"), IMAGE]), assistant("")]),
+        ("text only", [USER, user([IMAGE]), system("12:00"), TOOL]),
+        ("messages", [USER, user(" "), system("12:00")]),
+        ("messages", [system("Be brief."), user("")]),
         *(("role", [system("Hi", role=role), USER]) for role in ("", "User", "robot")),
         *(("role", [{"role": role, "content": "Hi"}, USER]) for role in (None, ["user"], 5)),
         ("role", [{"content": "Hi"}, USER]),
@@ -176,32 +184,6 @@ def test_a_parameter_is_forwarded_unless_it_is_null(chat: Chat, upstream: Upstre
     assert chat.post("Hi", **dict.fromkeys(SENT, value)).status_code == 200
     forwarded = {name: sent for name, sent in upstream.received[0].body.items() if name in SENT}
     assert forwarded == ({} if value is None else dict.fromkeys(SENT, value))
-
-
-@pytest.mark.parametrize(
-    ("sent", "forwarded"),
-    [
-        ({"max_tokens": 7}, {"max_completion_tokens": 7}),
-        ({"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
-        ({"max_tokens": 7, "max_completion_tokens": 8}, {"max_completion_tokens": 8}),
-        ({}, {}),
-    ],
-)
-def test_openai_gets_max_completion_tokens(
-    to_openai: Chat, upstream: Upstream, sent: dict[str, int], forwarded: dict[str, int]
-) -> None:
-    assert to_openai.post("Hi", **sent).status_code == 200
-    received = upstream.received[0]
-    assert received.headers["host"] == "api.openai.com"
-    assert {name: value for name, value in received.body.items() if name.startswith("max_")} == forwarded
-
-
-@pytest.fixture(scope="module")
-def to_openai(shared_upstream: Upstream) -> Any:
-    """A client of a server whose upstream is api.openai.com, which a proxy stands for here."""
-    proxy = shared_upstream.url.removesuffix("/v1")
-    with deployed(OPENAI_BASE_URL="http://api.openai.com/v1", HTTP_PROXY=proxy, http_proxy=proxy) as server:
-        yield Chat(server)
 
 
 @pytest.mark.parametrize("stream", [True, False])

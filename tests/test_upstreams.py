@@ -10,10 +10,11 @@ from harness.serving import KEY, NAME, deployed
 from harness.upstream import Reply, Upstream
 
 TOLD = "You asked too much, {braces} included."
-REFUSED = "The upstream refused the server's credentials."
 BROKE_OFF = "The answer could not be completed."
 TOO_LATE = "The upstream did not answer in time."
-BUSY = "The upstream is busy: try again later."
+REFUSED = "The upstream refused the server's credentials."
+NOT_TAKEN = "The upstream refused the request."
+BUSY = "The upstream is busy, or its quota is used up."
 
 # Odd upstreams, streamed and whole
 
@@ -154,15 +155,23 @@ def test_a_busy_upstream_says_when_to_come_back(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
-    ("status", "detail"), [(401, REFUSED), (403, REFUSED), *((status, BROKE_OFF) for status in (404, 409, 500, 529))]
+    ("status", "answered", "detail"),
+    [
+        *((status, 424, REFUSED) for status in (401, 403)),
+        *((status, 424, NOT_TAKEN) for status in (402, 404, 413, 418)),
+        *((status, 504, TOO_LATE) for status in (408, 504)),
+        *((status, 502, BROKE_OFF) for status in (409, 500, 529)),
+    ],
 )
-def test_any_other_status_is_a_bad_gateway(
-    chat: Chat, upstream: Upstream, status: int, detail: str, stream: bool
+def test_any_other_status_is_a_failure_of_the_server(
+    chat: Chat, upstream: Upstream, status: int, answered: int, detail: str, stream: bool
 ) -> None:
     upstream.reply = failing(status, {"error": {"message": f"llm at /opt/models refuses {KEY}"}})
     response = chat.post(stream=stream)
-    assert response.status_code == 502
+    assert response.status_code == answered
     assert response.json() == {"detail": detail}
+    assert response.headers.get("x-should-retry") == ("false" if answered == 424 else None)  # SDKs obey it
+    assert len(upstream.received) == 1
 
 
 NOT_AN_ANSWER = {

@@ -21,6 +21,10 @@ from openai.resources.chat.completions import Completions
 REFUSED = "The upstream refused the server's credentials."
 BROKE_OFF = "The answer could not be completed."
 WRONG_KEY = Reply(status=401, error={"error": {"message": f"Incorrect API key provided: {KEY}"}})
+FAILURES = [
+    pytest.param(WRONG_KEY, 424, REFUSED, id="wrong key"),
+    pytest.param(Reply(then="break"), 502, BROKE_OFF, id="break"),
+]
 
 
 def test_each_token_arrives_before_the_next_one_exists(chat: Chat, upstream: Upstream) -> None:
@@ -56,8 +60,9 @@ def choice(finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
 
 
 def test_a_stream_is_what_openai_sends_to_the_field(chat: Chat) -> None:
-    assert events_without_their_values(chat, stream_options={"include_usage": True}) == [
-        choice(role="assistant", content=""),
+    events = events_without_their_values(chat, stream_options={"include_usage": True})
+    assert events[0] == choice(role="assistant", content="")
+    assert [event for event in events[1:] if event != choice(content="")] == [
         *(choice(content=token) for token in ("Hello", ", ", "world", "!")),
         choice("stop"),
         {"choices": [], "usage": USAGE},
@@ -87,16 +92,27 @@ def test_the_finish_reason_is_the_upstreams(chat: Chat, upstream: Upstream, reas
     assert chat.post().json()["choices"][0]["finish_reason"] == reason
 
 
-def test_the_finish_reason_comes_at_once(chat: Chat, upstream: Upstream) -> None:
-    upstream.reply = Reply(raw=ANSWER_WITHOUT_END, then="stall")
+def test_the_last_finish_reason_comes_after_the_last_text(chat: Chat, upstream: Upstream) -> None:
+    choices = [
+        {"delta": {"content": "Let me see. "}, "finish_reason": "tool_calls"},
+        {"delta": {"content": "Hello"}, "finish_reason": None},
+        {"delta": {}, "finish_reason": "length"},
+    ]
+    upstream.reply = Reply(raw="".join(f"data: {json.dumps({'choices': [{'index': 0, **one}]})}\n\n" for one in choices))
+    assert list(texts_of(events := chat.events())) == ["Let me see. ", "Hello"]
+    assert finish_reasons(events) == finish_reasons(events[-1:]) == ["length"]
+
+
+def test_a_model_that_reasons_is_heard(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = Reply(["Hello"], thoughts=2, gated=True)
     with chat.open() as events:
-        assert finish_reasons([next(events) for _ in range(3)]) == ["stop"]
-
-
-ANSWER_WITHOUT_END = "".join(
-    f"data: {json.dumps({'choices': [{'index': 0, **fields}]})}\n\n"
-    for fields in ({"delta": {"content": "Hello"}}, {"delta": {}, "finish_reason": "stop"})
-)
+        for _ in range(2):
+            upstream.release()
+            assert next(events)["choices"][0]["delta"]["content"] == ""
+            upstream.wait_until(lambda: upstream.received[0].sent == upstream.released)
+        upstream.release()
+        upstream.release()
+        assert text_of(events) == "Hello"
 
 
 def test_an_empty_answer_is_an_answer(chat: Chat, upstream: Upstream) -> None:
@@ -117,13 +133,13 @@ def test_run_answers_a_question(chat: Chat, upstream: Upstream) -> None:
     assert upstream.received[0].body["messages"] == [{"role": "user", "content": "What is {{ 7*7 }}?"}]
 
 
-@pytest.mark.parametrize(
-    ("reply", "detail"), [(WRONG_KEY, REFUSED), (Reply(then="break"), BROKE_OFF)], ids=["wrong key", "break"]
-)
-def test_run_fails_with_a_status(chat: Chat, upstream: Upstream, reply: Reply, detail: str) -> None:
+@pytest.mark.parametrize(("reply", "status", "detail"), FAILURES)
+def test_run_fails_with_a_status(
+    chat: Chat, upstream: Upstream, reply: Reply, status: int, detail: str
+) -> None:
     upstream.reply = reply
     response = chat.http.post(f"/{NAME}/run", json={"question": "Hi"})
-    assert response.status_code == 502
+    assert response.status_code == status
     assert response.json() == {"detail": detail}
 
 
@@ -160,16 +176,14 @@ def test_an_a2a_task_completes_with_the_answer(a2a_server: Server, upstream: Ups
     assert upstream.received[0].body["messages"] == [{"role": "user", "content": "What is {{ 7*7 }}?"}]
 
 
-@pytest.mark.parametrize(
-    ("reply", "detail"), [(WRONG_KEY, REFUSED), (Reply(then="break"), BROKE_OFF)], ids=["wrong key", "break"]
-)
+@pytest.mark.parametrize(("reply", "status", "detail"), FAILURES)
 def test_an_a2a_task_fails_with_a_safe_sentence(
-    a2a_server: Server, upstream: Upstream, reply: Reply, detail: str
+    a2a_server: Server, upstream: Upstream, reply: Reply, status: int, detail: str
 ) -> None:
     upstream.reply = reply
     task = ask_a2a(a2a_server, "Hi")
     assert task["status"]["state"] == "failed"
-    assert task["status"]["message"]["parts"][0]["text"].endswith(f"502: {detail}")
+    assert task["status"]["message"]["parts"][0]["text"].endswith(f"{status}: {detail}")
     assert KEY not in json.dumps(task)
 
 
@@ -200,7 +214,7 @@ def test_the_mcp_tool_fails_with_a_safe_sentence(mcp_server: Server, upstream: U
     upstream.reply = WRONG_KEY
     result = ask_mcp(mcp_server, "tools/call", name=NAME, arguments={"question": "Hi"})
     assert result["isError"]
-    assert result["content"][0]["text"].endswith(f"502: {REFUSED}")
+    assert result["content"][0]["text"].endswith(f"424: {REFUSED}")
     assert KEY not in json.dumps(result)
 
 

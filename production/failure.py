@@ -1,0 +1,89 @@
+"""What the client may know of the failure of an answer, whichever SDK has raised it."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import HTTPException
+
+
+def as_http_exception(error: BaseException) -> HTTPException:
+    """Return what the client may know of the error of an answer. Any SDK may have raised it."""
+    for cause in causes_of(error):
+        if isinstance(cause, HTTPException):
+            return cause
+        status = getattr(cause, "status_code", None) or getattr(response_of(cause), "status_code", None)
+        if isinstance(status, int):
+            return failure_with(status, cause)
+        if "Timeout" in type(cause).__name__:  # each SDK has its own
+            return HTTPException(504, "The upstream did not answer in time.")
+    return HTTPException(502, "The answer could not be completed.")
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what the component raised if Haystack has wrapped that in the error, and what led to that."""
+    yield error  # without its context, where Hayhooks has a timeout of its own
+    cause = error.__cause__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def failure_with(status: int, error: BaseException) -> HTTPException:
+    """Return what the client may know of an error for which the upstream has answered with this status."""
+    match status:
+        case 400 | 422:
+            return HTTPException(status, without_key(message_of(error), error))
+        case 429 | 503:
+            retry_after = headers_of(response_of(error)).get("retry-after")
+            headers = {"Retry-After": retry_after} if retry_after else None
+            return HTTPException(status, "The upstream is busy, or its quota is used up.", headers)
+        case 401 | 403:
+            return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
+        case 408 | 504:
+            return HTTPException(504, "The upstream did not answer in time.")
+        case _ if 400 <= status < 500 and status != 409:  # such as 404 for an unknown model
+            return HTTPException(424, "The upstream refused the request.", NO_RETRY)
+    return HTTPException(502, "The answer could not be completed.")
+
+
+# OpenAI's SDKs obey this header, and most other clients the 4xx. After a 5xx, agents would ask again for minutes.
+NO_RETRY = {"x-should-retry": "false"}
+
+
+def message_of(error: BaseException) -> str:
+    """Return the upstream's message, from the body that the SDK has kept with the error, or else from the response."""
+    body = getattr(error, "body", None)
+    if body is None:
+        with contextlib.suppress(Exception):
+            body = response_of(error).json()
+    return str(error) if body is None else message_in(body)
+
+
+def message_in(body: Any) -> str:
+    """Return the message in the body of an error, which may have OpenAI's form, FastAPI's, Gemini's or another."""
+    match body:
+        case str():
+            return body
+        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
+            return message_in(inner)
+    return json.dumps(body)
+
+
+def without_key(message: str, error: BaseException) -> str:
+    """Return the message without the key of the failed request. A short key is no secret, and may be part of a word."""
+    for name, value in headers_of(getattr(response_of(error), "request", None)).items():
+        key = value.removeprefix("Bearer ")
+        if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:
+            message = message.replace(key, "[key]")
+    return message
+
+
+def response_of(error: BaseException) -> Any:
+    return getattr(error, "response", None)
+
+
+def headers_of(message: Any) -> dict[str, str]:
+    """Return the headers of a request or a response by their names in lower case; none if it has none."""
+    return {name.lower(): value for name, value in (getattr(message, "headers", None) or {}).items()}

@@ -1,0 +1,224 @@
+"""`stoppable` and `openai_response` work for any component, without OpenAI and without its knowledge."""
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.serving import EXAMPLE, NAME, hayhooks, load_wrapper, wait_until
+from haystack import AsyncPipeline, component
+from haystack.dataclasses import StreamingChunk
+
+BROKE_OFF = "The answer could not be completed."
+HARNESS = Path(__file__).with_name("harness")
+
+
+def own(folder: Path, patience: int = 60) -> Path:
+    """Return a folder with a pipeline of one's own and the package; a client may pause for `patience` seconds."""
+    shutil.copytree(EXAMPLE / "production", folder / "production")
+    shutil.copy(HARNESS / "own_wrapper.py", folder / "pipeline_wrapper.py")
+    lockstep = folder / "production" / "lockstep.py"
+    code = lockstep.read_text()
+    assert code.count("timeout=60") == 1
+    lockstep.write_text(code.replace("timeout=60", f"timeout={patience}"))
+    return folder
+
+
+class Own(Chat):
+    """A client of a pipeline of one's own, which runs one answer at a time."""
+
+    marks: Path
+
+    def runs(self) -> int:
+        return len(list(self.marks.iterdir()))
+
+    def wait_until_ended(self) -> None:
+        wait_until(lambda: not self.runs(), "every run to end")
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    wrapper, marks = own(tmp_path_factory.mktemp("own")), tmp_path_factory.mktemp("marks")
+    variables = {"SPEAKER": request.param, "MARKS": str(marks), "MAX_CONCURRENT_STREAMS": "1"}
+    with hayhooks(wrapper=wrapper, **variables) as server:  # without any OpenAI variable
+        chat = Own(server)
+        chat.marks = marks
+        yield chat
+
+
+def test_it_streams(chat: Own) -> None:
+    events = chat.events("say one two three", stream_options={"include_usage": True})
+    assert list(texts_of(events)) == ["one ", "two ", "three "]
+    assert finish_reasons(events) == finish_reasons(events[-1:]) == ["stop"]
+    assert not any("usage" in event for event in events)
+    [choice] = chat.post("say one two").json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("one two ", "stop")
+
+
+def test_its_own_finish_reason_counts(chat: Own) -> None:
+    assert finish_reasons(chat.events("finish tool_calls length")) == ["length"]
+
+
+def test_usage_in_other_words_or_no_json_is_left_out(chat: Own) -> None:
+    events = chat.events("usage", stream_options={"include_usage": True})
+    assert text_of(events) == "Hi"
+    assert not any("usage" in event for event in events)
+    assert chat.post("usage").json()["usage"] is None
+
+
+@pytest.mark.parametrize("how", ["endless", "stubborn", "bitter"])
+def test_it_ends_when_the_client_has_left(chat: Own, how: str) -> None:
+    before = len(chat.server.log)
+    for _ in range(10):
+        with chat.open_patiently(how) as events:
+            for _ in range(3):
+                assert next(texts_of(events)) == "word "
+        chat.wait_until_ended()
+    assert text_of(chat.events("say hello")) == "hello "
+    assert "Traceback" not in chat.server.log[before:]
+    assert " | ERROR " not in chat.server.log[before:]
+
+
+@pytest.mark.parametrize("how", ["status", "deep"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("status", "answered"), [(401, 424), (404, 424), (429, 429), (503, 503), (500, 502), (504, 504), (-1, 502)]
+)
+def test_a_failure_with_a_status_goes_by_the_table(
+    chat: Own, how: str, stream: bool, status: int, answered: int
+) -> None:
+    failed = chat.post(f"{how} {status}", stream=stream)
+    assert failed.status_code == answered
+    assert "/opt" not in failed.text
+
+
+@pytest.mark.parametrize("how", ["broken", "unstarted", "unfed"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_any_other_failure_is_a_bad_gateway_and_in_the_log(chat: Own, how: str, stream: bool) -> None:
+    before = len(chat.server.log)
+    failed = chat.post(how, stream=stream)
+    assert (failed.status_code, failed.json()) == (502, {"detail": BROKE_OFF})
+    assert ("Missing" if how == "unfed" else "my secret") in chat.server.log[before:]
+
+
+def test_a_failure_after_the_first_chunk_is_an_error_event(chat: Own) -> None:
+    events = chat.events("cut one two")
+    assert list(texts_of(events)) == ["one ", "two "]
+    assert events[-1] == {"error": {"message": BROKE_OFF, "type": "server_error"}}
+    assert not finish_reasons(events)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_http_exception_of_its_own_goes_through(chat: Own, stream: bool) -> None:
+    failed = chat.post("http", stream=stream)
+    assert (failed.status_code, failed.json()) == (418, {"detail": "short and stout"})
+    assert failed.headers["x-tea"] == "yes"
+
+
+@pytest.mark.parametrize("how", ["silent", "misnamed one two"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_pipeline_that_does_not_stream_is_a_bad_gateway(chat: Own, how: str, stream: bool) -> None:
+    before = len(chat.server.log)
+    failed = chat.post(how, stream=stream)
+    assert (failed.status_code, failed.json()) == (502, {"detail": BROKE_OFF})
+    assert "streaming_components" in chat.server.log[before:]
+
+
+def test_what_hayhooks_callbacks_add_arrives(chat: Own) -> None:
+    assert text_of_any(chat.events("tool one two")) == "[clock] one two (end)"
+    assert chat.post("tool one two").json()["choices"][0]["message"]["content"] == "[clock] one two (end)"
+
+
+def text_of_any(events: list[dict[str, Any]]) -> str:
+    """Return the text of a stream that also has events of Hayhooks' own, with their nulls."""
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+
+
+def test_a_method_gets_the_headers_of_the_request(chat: Own) -> None:
+    answer = chat.http.post("/v1/chat/completions", json=chat.request("headers"), headers={"x-name": "Ada"})
+    assert answer.json()["choices"][0]["message"]["content"] == "Ada "
+
+
+def test_a_client_beyond_the_slots_is_refused(chat: Own) -> None:
+    with chat.open_patiently("endless") as events:
+        next(texts_of(events))
+        assert chat.post("say hello").status_code == 503
+    chat.wait_until_ended()
+
+
+def test_a_client_that_reads_no_more_ends_it_even_if_it_catches_exceptions(tmp_path: Path) -> None:
+    (marks := tmp_path / "marks").mkdir()
+    variables = {"SPEAKER": "sync", "MARKS": str(marks)}
+    with hayhooks(wrapper=own(tmp_path / "own", patience=1), **variables) as server, Own(server).open(
+        f"stubborn {'x' * 64}"
+    ) as events:
+        next(texts_of(events))
+        wait_until(lambda: not any(marks.iterdir()), "the run to end")
+        rest = list(events)
+        assert rest[-1] == {"error": {"message": BROKE_OFF, "type": "server_error"}}
+        assert not finish_reasons(rest)
+
+
+# The component itself
+
+
+@component
+class Words:
+    @component.output_types(words=list[str])
+    def run(self, words: list[str], streaming_callback: Any = None) -> dict[str, Any]:
+        for word in words:
+            if streaming_callback:
+                streaming_callback(StreamingChunk(word))
+        return {"words": words}
+
+
+@component
+class Mute:
+    @component.output_types(words=list[str])
+    def run(self, words: list[str]) -> dict[str, Any]:
+        return {"words": words}
+
+
+@pytest.fixture
+def stoppable() -> Any:
+    return load_wrapper().stoppable
+
+
+@pytest.mark.parametrize("mute", [Mute(), object()])
+def test_what_cannot_stream_is_refused_by_name(stoppable: Any, mute: object) -> None:
+    with pytest.raises(TypeError, match=type(mute).__name__):
+        stoppable(mute)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_outside_of_an_answer_nothing_changes(stoppable: Any, times: int) -> None:
+    words = Words()
+    for _ in range(times):
+        assert stoppable(words) is words
+    pipeline, heard = AsyncPipeline(), []
+    pipeline.add_component("words", words)
+    inputs = {"words": ["one", "two"], "streaming_callback": lambda chunk: heard.append(chunk.content)}
+    assert asyncio.run(pipeline.run_async({"words": inputs})) == {"words": {"words": ["one", "two"]}}
+    assert heard == ["one", "two"]
+    assert words.run(["one"]) == words.run(words=["one"]) == {"words": ["one"]}
+
+
+@pytest.mark.parametrize("owner", [Words, None], ids=["class", "component"])
+def test_what_replaces_run_is_called(stoppable: Any, monkeypatch: pytest.MonkeyPatch, owner: Any) -> None:
+    """Tracers replace it in the class, whenever they start; others replace it on a component before it is wrapped."""
+    words, run, seen = Words(), Words.run, []
+
+    def traced(*args: Any, **inputs: Any) -> Any:
+        seen.append(inputs)
+        return run(words, *args[owner is Words :], **inputs)
+
+    if owner is None:
+        monkeypatch.setattr(words, "run", traced)
+    stoppable(words)
+    if owner is Words:
+        monkeypatch.setattr(Words, "run", traced)
+    words.run(words=["one"])
+    assert seen == [{"words": ["one"]}]
