@@ -1,7 +1,8 @@
 """Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
 
-Hybrid mode is one argument, `allow_sync_streaming_callbacks=True`. OpenAIGenerator stands in for the components that
-you cannot replace with async ones. Nothing imported from `production` is needed for hybrid mode: it is for production.
+Hybrid mode is one argument, `allow_sync_streaming_callbacks=True`. OpenAIGenerator stands in for a component that you
+cannot replace with an async one. Hybrid mode needs nothing from `production`, which adds what a service needs: error
+statuses, limits, conversations, and answers that end when the client leaves.
 """
 
 from collections.abc import AsyncGenerator
@@ -15,7 +16,7 @@ from haystack.dataclasses import StreamingChunk
 
 from .production import Settings, openai_response, parse_messages, parse_parameters, stoppable, tolerant
 
-PROMPT = "{{ conversation }}"  # the place for your own instructions, or for retrieved documents
+PROMPT = "{{ conversation }}"  # retrieved documents can go here, too
 
 
 class PipelineWrapper(BasePipelineWrapper):
@@ -26,10 +27,10 @@ class PipelineWrapper(BasePipelineWrapper):
         llm = OpenAIGenerator(**Settings().openai_arguments())
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
-        self.pipeline.add_component("llm", stoppable(tolerant(llm)))
+        self.pipeline.add_component("llm", stoppable(tolerant(llm)))  # both return the llm, and neither needs the other
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
-    @openai_response  # turns the chunks into what the client expects
+    @openai_response  # turns the chunks into the events of a stream, or into one completion
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
@@ -41,7 +42,7 @@ class PipelineWrapper(BasePipelineWrapper):
                 "prompt": {"conversation": conversation.prompt},
                 "llm": {"system_prompt": conversation.system_prompt, "generation_kwargs": parse_parameters(body)},
             },
-            # Without this line, HAYHOOKS_STREAMING_COMPONENTS, set for another pipeline, decides what streams here.
+            # Takes precedence over HAYHOOKS_STREAMING_COMPONENTS, which may be set for another pipeline.
             streaming_components=["llm"],
             # Hybrid mode. Without this line, Hayhooks raises a ValueError, as OpenAIGenerator has no `run_async`.
             allow_sync_streaming_callbacks=True,
@@ -50,5 +51,6 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
         messages = [{"role": "user", "content": question}]
+        # With `stream` false, openai_response returns one completion.
         completion = await self.run_chat_completion_async(model="", messages=messages, body={"stream": False})
         return completion.choices[0].message.content

@@ -1,25 +1,25 @@
-"""What a chat needs in production, whatever its pipeline. A pipeline_wrapper.py imports from here, and edits nothing:
+"""What a chat needs in production, whatever its pipeline. Copy this package, and import from it; do not edit it.
 
     openai_response   decorates a `run_chat_completion_async` that returns `async_streaming_generator(...)`
-    parse_messages    returns the conversation: all of it is `.prompt`; the last text from the user, for a retriever,
-                      is `.question`; `.system_prompt` can be None, so a default is `.system_prompt or "Be brief."`
-    parse_parameters  returns the parameters of a request, such as the temperature, for an OpenAI model
+    parse_messages    returns `.prompt`, all turns of the conversation without the system prompt; `.question`, the
+                      user's last text, for a retriever; and `.system_prompt`, which can be None: for a default, use
+                      `.system_prompt or "Be brief."`, and put it into the prompt if your component has no such input
+    parse_parameters  returns the temperature and the like, by OpenAI's names
     stoppable         takes any component whose `run` has a `streaming_callback`, as in `stoppable(MyGenerator())`
-    Settings          the environment variables of an OpenAIGenerator; a pipeline without one needs none of them
-    tolerant          lets an OpenAIGenerator cope with what upstreams refuse and send; no other component needs it
+    Settings          reads the environment variables of an OpenAIGenerator: leave it out of a pipeline without one
+    tolerant          lets an OpenAIGenerator cope with what upstreams refuse and send: leave it out likewise
 
-The modules in the order in which an answer is made, each of which only imports earlier ones:
+The modules, each of which imports only from those before it:
 
     settings          environment variables
     request           from a request to a prompt and parameters
-    lockstep          keeps components in step with the client, and ends them
+    lockstep          keeps the components of an answer in step with its client
     component         `stoppable`
-    upstream          `tolerant`; the only module that knows `openai`
-    failure           from the exception of any SDK to a status and a sentence
-    response          slots, and from chunks to what the client expects
+    upstream          `tolerant`; the only one that imports `openai`
+    failure           from an SDK's exception to a status and a sentence
+    response          `openai_response`, which calls the others
 
-`lockstep`, `component` and `response` rely on how Hayhooks and Haystack work together, which tests/test_client_leaves.py,
-tests/test_any_component.py and tests/test_who_calls.py check.
+They rely on how Hayhooks, Haystack and SDKs work together, which the tests check with old and new releases.
 """
 
 from .component import stoppable

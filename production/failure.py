@@ -1,4 +1,4 @@
-"""What the client may know of the failure of an answer, whichever SDK has raised it."""
+"""Turns the failure of an answer, whichever SDK raised it, into what the client may know about it."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from fastapi import HTTPException
 
 
 def as_http_exception(error: BaseException) -> HTTPException:
-    """Return what the client may know of the error of an answer. Any SDK may have raised it."""
+    """Return the status and the sentence for a client whose answer failed with this error."""
     for cause in causes_of(error):
         if isinstance(cause, HTTPException):
             return cause
@@ -22,16 +22,20 @@ def as_http_exception(error: BaseException) -> HTTPException:
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, what the component raised if Haystack has wrapped that in the error, and what led to that."""
-    yield error  # without its context, where Hayhooks has a timeout of its own
+    """Yield an error and the errors that caused it. Haystack wraps what a component raises, and SDKs wrap theirs."""
+    yield error  # its `__context__` is left out, as that can be the timeout with which Hayhooks polls
     cause = error.__cause__
     while cause is not None:
         yield cause
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
+# OpenAI's SDKs obey this header, and most other clients do not retry a 4xx. Agents retry a 5xx for minutes.
+NO_RETRY = {"x-should-retry": "false"}
+
+
 def failure_with(status: int, error: BaseException) -> HTTPException:
-    """Return what the client may know of an error for which the upstream has answered with this status."""
+    """Return the status and the sentence for a client whose answer failed as the upstream sent this status."""
     match status:
         case 400 | 422:
             return HTTPException(status, without_key(message_of(error), error))
@@ -43,17 +47,13 @@ def failure_with(status: int, error: BaseException) -> HTTPException:
             return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
         case 408 | 504:
             return HTTPException(504, "The upstream did not answer in time.")
-        case _ if 400 <= status < 500 and status != 409:  # such as 404 for an unknown model
+        case _ if 400 <= status < 500 and status != 409:  # 404 for an unknown model, say; 409 may pass
             return HTTPException(424, "The upstream refused the request.", NO_RETRY)
     return HTTPException(502, "The answer could not be completed.")
 
 
-# OpenAI's SDKs obey this header, and most other clients the 4xx. After a 5xx, agents would ask again for minutes.
-NO_RETRY = {"x-should-retry": "false"}
-
-
 def message_of(error: BaseException) -> str:
-    """Return the upstream's message, from the body that the SDK has kept with the error, or else from the response."""
+    """Return the upstream's message, from the body that the SDK keeps with the error, or else from the response."""
     body = getattr(error, "body", None)
     if body is None:
         with contextlib.suppress(Exception):
@@ -84,6 +84,6 @@ def response_of(error: BaseException) -> Any:
     return getattr(error, "response", None)
 
 
-def headers_of(message: Any) -> dict[str, str]:
-    """Return the headers of a request or a response by their names in lower case; none if it has none."""
-    return {name.lower(): value for name, value in (getattr(message, "headers", None) or {}).items()}
+def headers_of(request_or_response: Any) -> dict[str, str]:
+    """Return headers by their names in lower case; none for None."""
+    return {name.lower(): value for name, value in (getattr(request_or_response, "headers", None) or {}).items()}

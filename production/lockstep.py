@@ -1,4 +1,4 @@
-"""Keeps the components of an answer in step with its client, and ends them when the client has left."""
+"""Keeps the components of an answer in step with its client, and ends them when the client leaves."""
 
 import asyncio
 import contextlib
@@ -13,80 +13,87 @@ from typing import Any
 from haystack.dataclasses import StreamingChunk
 
 
-class ClientLeft(asyncio.CancelledError):
+class AnswerOver(asyncio.CancelledError):
     """Ends a component whose client has left.
 
-    It is not an Exception, which the component might catch. asyncio treats a task that raises it as cancelled, and logs
-    nothing.
+    A component that catches every Exception does not catch this one, and asyncio logs nothing about a task that raises
+    it, as it takes that task for cancelled.
+    """
+
+
+class ClientStalledError(Exception):
+    """Fails an answer whose client has not read for a minute.
+
+    If the client reads on after all, it finds an error rather than half an answer that looks complete.
     """
 
 
 class Lockstep:
-    """Connects the components of one answer with its client.
+    """What the components of one answer and its client know of each other.
 
-    A component's thread sends a chunk, and waits until the client has taken it and asks for the next one. Without that,
-    the thread would read, and somebody would pay for, an answer whose client has left, and threads that run ahead of
-    their clients would delay the first chunks of others. An async component is not paced, only cancelled.
+    A component's thread sends a chunk and waits until the client asks for the next one. Otherwise it would read the
+    whole answer, and somebody would pay for it, although the client has left. Threads that run ahead of their clients
+    would also compete with those that make the first chunks of other answers. Async components are only cancelled.
     """
 
     def __init__(self) -> None:
-        self._is_over = False
-        self._has_stalled = False
-        self._untaken: dict[int, threading.Event] = {}  # by the id of the chunk that a thread has sent
+        self._changed = threading.Condition()
+        self._untaken: set[int] = set()  # ids of chunks; the thread that waits for one keeps it alive
+        self._over: type[BaseException] | None = None  # once the answer is over: what a component's run raises
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def send(self, callback: Callable[[StreamingChunk], None], chunk: StreamingChunk) -> None:
-        """Send a chunk to the callback, and wait until the client has taken it. Called in a component's thread.
+        """Pass a chunk to the callback and wait until the client has taken it. Called in a component's thread.
 
-        Raises ClientLeft if the client has left, or has not taken the chunk within a minute.
+        Raises AnswerOver if the client leaves, or does not take the chunk within a minute.
         """
-        taken = self._untaken[id(chunk)] = threading.Event()
-        if not self._is_over:  # looked up after `taken` was added, so that `end` cannot miss both
-            callback(chunk)
-            if not taken.wait(timeout=60):
-                self._has_stalled = True
-        if self._is_over or self._has_stalled:
-            raise ClientLeft
+        with self._changed:
+            if not self._over:
+                self._untaken.add(id(chunk))
+                callback(chunk)
+                if not self._changed.wait_for(lambda: self._over or id(chunk) not in self._untaken, timeout=60):
+                    self._over = ClientStalledError
+            if self._over:
+                raise AnswerOver
 
     def take(self, chunk: Any) -> None:
-        """Let the thread that has sent this chunk read its next one. Called on the event loop."""
-        if taken := self._untaken.pop(id(chunk), None):
-            taken.set()
-
-    def cancel_at_end(self, task: asyncio.Task[Any]) -> None:
-        """Have `end` cancel the task of an async component. Called on the event loop."""
-        self._tasks.add(task)
+        """Let the thread that sent this chunk continue. Called on the event loop."""
+        with self._changed:
+            self._untaken.discard(id(chunk))
+            self._changed.notify_all()
 
     def end(self) -> None:
-        """End the components, as the client has left, or the answer is complete. Called on the event loop."""
-        self._is_over = True
-        for taken in list(self._untaken.values()):
-            taken.set()
+        """End the components that are still running. Called on the event loop."""
+        with self._changed:
+            self._over = self._over or AnswerOver
+            self._changed.notify_all()
         for task in self._tasks:
             task.cancel()
 
-    @contextlib.contextmanager
-    def while_client_stays(self) -> Iterator[None]:
-        """Run a component in this block. Raises ClientLeft if the client has left, however the component has ended.
+    def cancel_at_end(self, task: asyncio.Task[Any]) -> None:
+        """Let `end` cancel the task in which an async component runs. Called on the event loop."""
+        self._tasks.add(task)
 
-        Raises RuntimeError if the client has stopped reading. Should it read on, it finds this failure, and not half an
-        answer that looks complete.
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run a component in this block.
+
+        If the answer is over by the end of the block, raises AnswerOver or ClientStalledError in place of whatever the
+        component returns or raises.
         """
-        if self._is_over:
-            raise ClientLeft
-        token = CURRENT_LOCKSTEP.set(None)  # a component within this one must not wait for the same client again
+        if self._over:
+            raise self._over
+        token = CURRENT_LOCKSTEP.set(None)  # so that a stoppable component inside this one does not wait as well
         try:
             yield
         except BaseException as error:
-            if not (self._is_over or self._has_stalled):
+            if not self._over:
                 raise
             close_streams(error)
         finally:
             CURRENT_LOCKSTEP.reset(token)
-        if self._has_stalled:
-            raise RuntimeError("the client has not read for a minute")
-        if self._is_over:
-            raise ClientLeft
+        if self._over:
+            raise self._over
 
 
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
@@ -94,8 +101,8 @@ CURRENT_LOCKSTEP: ContextVar[Lockstep | None] = ContextVar("CURRENT_LOCKSTEP", d
 
 
 async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
-    """Yield the chunks of an answer, each when the client asks for it. When this is closed, the components end."""
-    provide_threads()
+    """Yield the chunks of an answer, each when the client asks for it. Closing this ends the components."""
+    replace_default_executor()
     lockstep = Lockstep()
     try:
         token = CURRENT_LOCKSTEP.set(lockstep)
@@ -112,28 +119,30 @@ async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         await chunks.aclose()
 
 
-LOOPS_WITH_THREADS: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+LOOPS_WITH_OUR_EXECUTOR: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
-def provide_threads() -> None:
-    """Give the event loop an executor with a thread for each stream; its own has at most min(32, cores + 4) threads.
+def replace_default_executor() -> None:
+    """Give the event loop an executor with a thread for each stream; asyncio's has only min(32, cores + 4).
 
-    Other pipelines of the process share it, and a thread that waits for its upstream can outlive its answer. So the
-    limit is far above MAX_CONCURRENT_STREAMS. A thread is only started when no other is idle.
+    All pipelines of the process use it, and a thread that waits for its upstream can outlive its answer, so the limit
+    is far above MAX_CONCURRENT_STREAMS. The executor starts a thread only when none is idle.
     """
     loop = asyncio.get_running_loop()
-    if loop not in LOOPS_WITH_THREADS:
-        LOOPS_WITH_THREADS.add(loop)
+    if loop not in LOOPS_WITH_OUR_EXECUTOR:
+        LOOPS_WITH_OUR_EXECUTOR.add(loop)
         loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
 
 
 def close_streams(error: BaseException) -> None:
-    """Close the streams that a component was reading when this error ended it.
+    """Close the streams that a component was reading when this error ended it: those in its local variables.
 
-    The streams of some SDKs are in reference cycles, and would stay open until a garbage collection.
+    The streams of some SDKs, OpenAI's among them, are in reference cycles, and would otherwise stay open until the next
+    garbage collection.
     """
     assert error.__traceback__
-    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):  # without the caller's frame, which has the error
+    # The first frame is the caller's. Reading its variables, of which `error` is one, would create such a cycle, too.
+    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):
         for value in frame.f_locals.values():
             if is_stream(value):
                 with contextlib.suppress(Exception):
@@ -141,6 +150,7 @@ def close_streams(error: BaseException) -> None:
 
 
 def is_stream(value: Any) -> bool:
-    """Return whether a value can be iterated over and closed, but is not a file, which others may share."""
+    """Return whether a value can be iterated over and closed, and is neither a file nor a collection."""
     cls = type(value)
-    return hasattr(cls, "__iter__") and hasattr(cls, "close") and not hasattr(value, "write")
+    has_methods = hasattr(cls, "__iter__") and hasattr(cls, "close")
+    return has_methods and not hasattr(value, "write") and not hasattr(cls, "__len__")

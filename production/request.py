@@ -1,4 +1,8 @@
-"""From an OpenAI request to a prompt and parameters. What chat front-ends send by default is dropped, not refused."""
+"""Turns an OpenAI request into a prompt and parameters.
+
+Chat front-ends send much that this model cannot use, such as tools and earlier images. It is ignored: a request is only
+refused if the answer that it asks for is impossible.
+"""
 
 import json
 from typing import Any, NamedTuple
@@ -22,47 +26,47 @@ PARAMETERS = (
 
 
 class Conversation(NamedTuple):
-    """What the messages of a request say."""
+    """The text in the messages of a request."""
 
-    system_prompt: str | None  # the instructions before the first turn
-    prompt: str  # all turns, each after its role; a single one as it is
-    question: str  # the last text from the user, for instance to search for
+    system_prompt: str | None  # from the system messages before the first turn
+    prompt: str  # all turns, with their roles; if there is only one, its text alone
+    question: str  # the last text from the user; if there is none, the system prompt
 
 
 def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
     """Return the conversation in the messages; raises HTTPException if there is nothing to answer."""
     instructions: list[str] = []
     turns: list[tuple[str, str]] = []
-    refusal = None  # of the last turn
+    problem = None  # with the last turn so far
     for message in messages:
         role, content = message.get("role"), message.get("content")
         text = text_of(content)
         match role:
             case "system" | "developer":
                 if text.strip() and turns:
-                    turns.append(("system", text))  # agents without tools put their tools' results there
+                    turns.append(("system", text))  # some agents send the results of their tools in this way
                 elif text.strip():
                     instructions.append(text)
             case "user":
-                refusal = refusal_of(content)
+                problem = problem_with(content)
                 if text.strip():
                     turns.append(("user", text))
             case "assistant":
-                if text.strip():  # as the last turn, it is there to be continued
-                    refusal = None
+                if text.strip():  # as the last turn, it asks the model to continue it
+                    problem = None
                     turns.append(("assistant", text))
             case "tool" | "function":
                 pass
             case _:
-                raise HTTPException(400, "Each of the messages must have a role that OpenAI's API knows.")
-    if refusal:
-        raise HTTPException(400, refusal)
+                raise HTTPException(400, "Each of the messages must have one of OpenAI's roles.")
+    if problem:
+        raise HTTPException(400, problem)
     system_prompt = "\n".join(instructions) or None
     questions = [text for role, text in turns if role == "user"]
     if not questions:
         if not system_prompt:
             raise HTTPException(400, "The messages must have text from the user.")
-        # Some front-ends ask for a title with a system prompt alone.
+        # Some front-ends ask for a title in a system message, without a message from the user.
         turns.insert(0, ("system", system_prompt))
         questions, system_prompt = [system_prompt], None
     prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
@@ -76,12 +80,12 @@ def text_of(content: Any) -> str:
     return replace_lone_surrogates(content) if isinstance(content, str) else ""
 
 
-def refusal_of(content: Any) -> str | None:
-    """Return why a message from the user cannot be answered, in a sentence for that user, or None if it can."""
+def problem_with(content: Any) -> str | None:
+    """Return a sentence that tells the user why a message cannot be answered, or None if it can."""
     if isinstance(content, list) and not all(is_text_part(part) for part in content):
-        return "This model reads text only: remove the image or other file from the last of the messages."
+        return "This model reads text only: remove the image or file from the last of your messages."
     if not text_of(content).strip():
-        return "The last of the messages is blank: write something."
+        return "The last of your messages is blank: write something."
     return None
 
 
@@ -90,7 +94,7 @@ def is_text_part(part: Any) -> bool:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Replace what UTF-8 cannot encode: halves of surrogate pairs, which JavaScript's `slice` can leave."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode. JavaScript's `slice` makes them out of emojis."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -103,7 +107,7 @@ def parse_parameters(body: dict[str, Any]) -> dict[str, Any]:
             raise HTTPException(400, "tool_choice must be auto or none, as this model answers with text only.")
     parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
     try:
-        # Haystack deep-copies the parameters on the event loop, where all streams wait for it.
+        # Haystack deep-copies the parameters on the event loop, and large ones would hold up all streams.
         is_acceptable = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
     except (ValueError, RecursionError):  # a NaN, a lone surrogate or too many levels
         is_acceptable = False

@@ -1,4 +1,4 @@
-"""From the chunks of an answer to what its client expects."""
+"""Turns the chunks of an answer into what its client expects, and limits how many clients there are."""
 
 import asyncio
 import contextlib
@@ -23,13 +23,13 @@ from .settings import Limits
 def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Callable[..., Any]:
     """Decorate a `run_chat_completion_async` that returns the chunks of an answer.
 
-    An OpenAI client, whose `body` always has `stream`, gets the events of a stream or one whole completion. Hayhooks'
-    A2A server and Python code, whose `body` has no `stream`, get the chunks. All of them get an HTTPException if the
-    answer fails, or if MAX_CONCURRENT_STREAMS answers are in progress.
+    The caller's `body` decides what it returns: the events of a stream if `stream` is true, one ChatCompletion if it is
+    false, and the chunks if there is no `stream`, as from Hayhooks' A2A server. Hayhooks always adds it for OpenAI
+    clients. Raises HTTPException if the answer fails, or if the pipeline has MAX_CONCURRENT_STREAMS clients already.
     """
     slots = asyncio.Semaphore(Limits().MAX_CONCURRENT_STREAMS)
 
-    @functools.wraps(chat)  # Hayhooks reads its signature
+    @functools.wraps(chat)  # Hayhooks reads its signature, and passes `headers` if it has that parameter
     async def respond(self: Any, model: str, messages: list[Any], body: dict[str, Any], **headers: Any) -> Any:
         try:
             chunks = await chat(self, model, messages, body, **headers)
@@ -46,26 +46,27 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
         stream_options = body.get("stream_options")
         include_usage = isinstance(stream_options, dict) and bool(stream_options.get("include_usage"))
         # Hayhooks sends status 200 as soon as this function returns. Until then, a failure can have its own status.
-        first = await anext(answer, None)
+        first = await anext(answer)
         return as_events(first, answer, model, include_usage)
 
     return respond
 
 
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
-    """Yield the chunks of an answer, and what Hayhooks' callbacks have put between them, while holding a slot.
+    """Yield the chunks of an answer, and what Hayhooks' callbacks add to them, while holding a slot.
 
-    Adds a finish_reason if the component reports none. Raises HTTPException if no slot is free, if the answer fails, or
-    if it has no chunk.
+    Ends with a finish_reason, unless the component is one that reports it. Raises HTTPException if no slot is free, if
+    the answer fails, or if there is no chunk.
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
     is_empty, reports_finish = True, False
-    async with slots, contextlib.aclosing(in_lockstep(chunks)) as items:  # a free slot is taken without waiting
+    async with slots, contextlib.aclosing(in_lockstep(chunks)) as items:  # nothing was awaited since `locked`
         try:
             async for item in items:
                 if isinstance(item, StreamingChunk):
                     is_empty = False
+                    # A component that could report one, and never does, may have been cut off.
                     reports_finish = reports_finish or "finish_reason" in item.meta or item.finish_reason is not None
                 yield StreamingChunk(item) if isinstance(item, str) else item
         except Exception as error:  # Hayhooks has logged it
@@ -78,11 +79,12 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
 
 
 def finish_reason_in(chunk: StreamingChunk) -> str | None:
-    return chunk.finish_reason or chunk.meta.get("finish_reason")  # in OpenAI's words, or else in the upstream's
+    """Return the reason in OpenAI's words, or, if Haystack does not know it, in the upstream's."""
+    return chunk.finish_reason or chunk.meta.get("finish_reason")
 
 
 def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
-    """Return the usage, if there is one, in OpenAI's words, and JSON can carry it."""
+    """Return the usage if it has OpenAI's names and can be sent as JSON, or else None."""
     usage = chunk.meta.get("usage")
     with contextlib.suppress(TypeError, ValueError):
         if isinstance(usage, dict) and "prompt_tokens" in usage:
@@ -91,9 +93,9 @@ def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
-    """Yield the events of a stream, given the first item of an answer, if there is one, and the rest.
+    """Yield the events of a stream, given the first item of an answer and the rest.
 
-    If the answer fails, an error event precedes the end. Without it, the answer would look complete.
+    If the answer fails, there is an error event before `[DONE]`. Without it, the answer would look complete.
     """
     head = head_of("chat.completion.chunk", model)
 
@@ -109,7 +111,7 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
                 if isinstance(item, StreamingChunk):
                     finish_reason = finish_reason_in(item) or finish_reason
                     usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
-                    # One without text is sent, too, as proxies cut the connection while a model reasons in silence.
+                    # While a model reasons, its chunks have no text, and proxies cut idle connections.
                     if item.content or not finish_reason_in(item):
                         yield delta_event({"content": replace_lone_surrogates(item.content)})
                 else:
@@ -127,8 +129,8 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
 class Event(ChatCompletion):
     """An event of a stream, whose data Hayhooks sends as it is.
 
-    Events made by Hayhooks have a null for each missing field, at which OpenAI's Node SDK throws. They would also have
-    other keys beside `error`, and then some clients take a failed answer for a complete one.
+    Hayhooks' own events have a null for each missing field, and OpenAI's Node SDK throws on those. They also have other
+    keys beside `error`, and some clients then take a failed answer for a complete one.
     """
 
     _data: str

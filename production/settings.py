@@ -1,4 +1,4 @@
-"""The environment variables of a worker process, to which Hayhooks adds those in `.env`."""
+"""The environment variables. Hayhooks adds those in `.env` to them when it starts."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Limits(BaseSettings):
-    """The limits of each worker process; raises ValueError for an invalid variable. An empty one counts as unset."""
+    """The limit of each pipeline in each worker process; raises ValueError for an invalid variable.
+
+    An empty variable counts as unset.
+    """
 
     # Without `hide_input_in_errors`, a mistyped key would be in the log.
     model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hide_input_in_errors=True)
@@ -17,7 +20,7 @@ class Limits(BaseSettings):
 
 
 class Settings(Limits):
-    """The upstream of an OpenAIGenerator as well; raises ValueError for a missing or invalid variable."""
+    """That limit, and the upstream of an OpenAIGenerator; raises ValueError for a missing or invalid variable."""
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$")  # what an HTTP header can carry
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # Haystack 3 has no OpenAIGenerator, but the rest of this pac
 
 Generator = TypeVar("Generator", bound="OpenAIGenerator")
 
-# An answer without one of the others would be a different answer.
+# Without `stop`, `response_format` or `logit_bias`, an answer would be a different one.
 DISPENSABLE = tuple(name for name in PARAMETERS if name not in ("stop", "response_format", "logit_bias"))
 
 
@@ -30,12 +30,12 @@ def tolerant(llm: Generator) -> Generator:
         return (name, None) in refused or (name, repr(value)) in refused
 
     def without_refused(arguments: dict[str, Any]) -> dict[str, Any]:
-        if ("max_tokens", None) in refused and "max_tokens" in arguments:  # newer models know it by another name
-            arguments = {"max_completion_tokens": arguments["max_tokens"], **arguments}
+        if "max_tokens" in arguments and ("max_tokens", None) in refused:  # newer models use another name for it
+            arguments.setdefault("max_completion_tokens", arguments["max_tokens"])
         return {name: value for name, value in arguments.items() if not is_refused(name, value)}
 
     def create_without_refused(**arguments: Any) -> Any:
-        while True:
+        while True:  # each time without one more of them
             sent = without_refused(arguments)
             try:
                 return create(**sent)
@@ -50,24 +50,24 @@ def tolerant(llm: Generator) -> Generator:
                         refused.add((error.param, repr(value)))
                     case _:
                         raise
-                log.warning("The model does not support {}={!r}: asking without it.", error.param, value)
+                log.warning("The model does not support {}={!r}, so it is left out.", error.param, value)
 
-    def stream(**arguments: Any) -> Iterator[ChatCompletionChunk]:
-        options = {"include_usage": True, **(arguments.pop("stream_options", None) or {})}  # traces show the usage
-        is_whole = False
+    def read(**arguments: Any) -> Iterator[ChatCompletionChunk]:
+        options = {"include_usage": True, **(arguments.pop("stream_options", None) or {})}  # for traces
+        has_finished = False
         try:
             # Without `with`, the connection would stay open until a garbage collection.
             with create_without_refused(**arguments, stream_options=options) as chunks:
                 for chunk in chunks:
                     normalize(chunk)
-                    is_whole = is_whole or any(choice.finish_reason for choice in chunk.choices)
+                    has_finished = has_finished or any(choice.finish_reason for choice in chunk.choices)
                     yield chunk
         except Exception:
-            if not is_whole:  # after the finish_reason, some upstreams cut the connection or keep it open
+            if not has_finished:  # after the finish_reason, some upstreams cut the connection, or stall until a timeout
                 raise
 
     def tolerant_create(**arguments: Any) -> Any:
-        return stream(**arguments) if arguments.get("stream") else create_without_refused(**arguments)
+        return read(**arguments) if arguments.get("stream") else create_without_refused(**arguments)
 
     llm.client.chat.completions.create = tolerant_create  # type: ignore[method-assign]
     return llm
@@ -82,5 +82,5 @@ def normalize(chunk: ChatCompletionChunk) -> None:
         choice.delta.content = text_of(choice.delta.content or choice.delta.refusal)
         choice.delta.tool_calls = None  # the request offered no tools
     if chunk.usage:
-        # Without the nulls that the SDK adds for what the upstream left out.
+        # OpenAIGenerator takes it over as it is: here without nulls for what the upstream has left out.
         chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.serving import EXAMPLE, NAME, hayhooks, load_wrapper, wait_until
+from harness.serving import EXAMPLE, hayhooks, load_wrapper, wait_until
 from haystack import AsyncPipeline, component
 from haystack.dataclasses import StreamingChunk
 
@@ -152,9 +152,10 @@ def test_a_client_beyond_the_slots_is_refused(chat: Own) -> None:
 def test_a_client_that_reads_no_more_ends_it_even_if_it_catches_exceptions(tmp_path: Path) -> None:
     (marks := tmp_path / "marks").mkdir()
     variables = {"SPEAKER": "sync", "MARKS": str(marks)}
-    with hayhooks(wrapper=own(tmp_path / "own", patience=1), **variables) as server, Own(server).open(
-        f"stubborn {'x' * 64}"
-    ) as events:
+    with (
+        hayhooks(wrapper=own(tmp_path / "own", patience=1), **variables) as server,
+        Own(server).open(f"stubborn {'x' * 64}") as events,
+    ):
         next(texts_of(events))
         wait_until(lambda: not any(marks.iterdir()), "the run to end")
         rest = list(events)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from harness.client import Chat, text_of, texts_of
-from harness.serving import KEY, NAME, deployed
+from harness.serving import KEY, NAME
 from harness.upstream import Reply, Upstream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

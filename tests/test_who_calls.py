@@ -98,9 +98,11 @@ def test_the_last_finish_reason_comes_after_the_last_text(chat: Chat, upstream: 
         {"delta": {"content": "Hello"}, "finish_reason": None},
         {"delta": {}, "finish_reason": "length"},
     ]
-    upstream.reply = Reply(raw="".join(f"data: {json.dumps({'choices': [{'index': 0, **one}]})}\n\n" for one in choices))
-    assert list(texts_of(events := chat.events())) == ["Let me see. ", "Hello"]
-    assert finish_reasons(events) == finish_reasons(events[-1:]) == ["length"]
+    upstream.reply = Reply(
+        raw="".join(f"data: {json.dumps({'choices': [{'index': 0, **one}]})}\n\n" for one in choices)
+    )
+    assert list(texts_of(answer := chat.events())) == ["Let me see. ", "Hello"]
+    assert finish_reasons(answer) == finish_reasons(answer[-1:]) == ["length"]
 
 
 def test_a_model_that_reasons_is_heard(chat: Chat, upstream: Upstream) -> None:
@@ -134,9 +136,7 @@ def test_run_answers_a_question(chat: Chat, upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize(("reply", "status", "detail"), FAILURES)
-def test_run_fails_with_a_status(
-    chat: Chat, upstream: Upstream, reply: Reply, status: int, detail: str
-) -> None:
+def test_run_fails_with_a_status(chat: Chat, upstream: Upstream, reply: Reply, status: int, detail: str) -> None:
     upstream.reply = reply
     response = chat.http.post(f"/{NAME}/run", json={"question": "Hi"})
     assert response.status_code == status
