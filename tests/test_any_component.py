@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness.client import Chat, finish_reasons, text_of, texts_of
 from harness.serving import EXAMPLE, hayhooks, load_wrapper, wait_until
 from haystack import AsyncPipeline, component
 from haystack.dataclasses import StreamingChunk
+from packaging.version import Version
 
 BROKE_OFF = "The answer could not be completed."
 HARNESS = Path(__file__).with_name("harness")
@@ -90,6 +92,8 @@ def test_it_ends_when_the_client_has_left(chat: Own, how: str) -> None:
 def test_a_failure_with_a_status_goes_by_the_table(
     chat: Own, how: str, stream: bool, status: int, answered: int
 ) -> None:
+    if how == "deep" and Version(version("haystack-ai")) < Version("2.18"):
+        pytest.skip("this Haystack does not wrap what a component raises, and the context of that is lost")
     failed = chat.post(f"{how} {status}", stream=stream)
     assert failed.status_code == answered
     assert "/opt" not in failed.text
