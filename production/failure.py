@@ -68,7 +68,7 @@ def message_in(body: Any) -> str:
             return body
         case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
             return message_in(inner)
-    return json.dumps(body)
+    return json.dumps(body, default=str)
 
 
 def without_key(message: str, error: BaseException) -> str:
@@ -81,7 +81,9 @@ def without_key(message: str, error: BaseException) -> str:
 
 
 def response_of(error: BaseException) -> Any:
-    return getattr(error, "response", None)
+    """Return the response that an SDK keeps with an error, or the error, which then may have what a response has."""
+    response = getattr(error, "response", None)
+    return error if response is None else response
 
 
 def headers_of(request_or_response: Any) -> dict[str, str]:

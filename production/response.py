@@ -79,16 +79,16 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
 
 
 def finish_reason_in(chunk: StreamingChunk) -> str | None:
-    """Return the reason in OpenAI's words, or, if Haystack does not know it, in the upstream's."""
-    return chunk.finish_reason or chunk.meta.get("finish_reason")
+    return chunk.finish_reason or chunk.meta.get("finish_reason")  # in OpenAI's words, or else in the upstream's own
 
 
 def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
-    """Return the usage if it has OpenAI's names and can be sent as JSON, or else None."""
+    """Return the usage, without nulls, if it has OpenAI's names and can be sent as JSON, or else None."""
     usage = chunk.meta.get("usage")
     with contextlib.suppress(TypeError, ValueError):
         if isinstance(usage, dict) and "prompt_tokens" in usage:
-            return json.loads(json.dumps(usage))
+            text = json.dumps(usage)
+            return json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if v is not None})
     return None
 
 
@@ -109,10 +109,11 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
             yield delta_event({"role": "assistant", "content": ""})
             while item is not None:
                 if isinstance(item, StreamingChunk):
+                    is_last = finish_reason_in(item) or (finish_reason and usage_in(item))
                     finish_reason = finish_reason_in(item) or finish_reason
                     usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
                     # While a model reasons, its chunks have no text, and proxies cut idle connections.
-                    if item.content or not finish_reason_in(item):
+                    if item.content or not (is_last or item is first):
                         yield delta_event({"content": replace_lone_surrogates(item.content)})
                 else:
                     yield item
@@ -127,10 +128,9 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
 
 
 class Event(ChatCompletion):
-    """An event of a stream, whose data Hayhooks sends as it is.
+    """An event whose data Hayhooks sends as it is.
 
-    Hayhooks' own events have a null for each missing field, and OpenAI's Node SDK throws on those. They also have other
-    keys beside `error`, and some clients then take a failed answer for a complete one.
+    Its own events have nulls, on which OpenAI's Node SDK throws, and keys beside `error`, which some clients overlook.
     """
 
     _data: str

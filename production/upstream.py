@@ -81,6 +81,3 @@ def normalize(chunk: ChatCompletionChunk) -> None:
         # If a schema was asked for, OpenAI sends a refusal in place of content. Mistral sends content in parts.
         choice.delta.content = text_of(choice.delta.content or choice.delta.refusal)
         choice.delta.tool_calls = None  # the request offered no tools
-    if chunk.usage:
-        # OpenAIGenerator takes it over as it is: here without nulls for what the upstream has left out.
-        chunk.usage = chunk.usage.to_dict(exclude_none=True)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A scripted upstream: on the wire it behaves like OpenAI's chat completions, and it fails when told to.
+"""A scripted upstream: on the wire it behaves like OpenAI or another provider, and it fails when told to.
 
 A test sets `upstream.reply`, and afterwards asks `upstream.received` what arrived and what became of it.
 Run as a program it listens on the given port: a prompt says which reply it wants, and GET tells what became of it.
@@ -9,13 +9,55 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import uvicorn
 
 USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+
+
+class Script(NamedTuple):
+    """A streamed answer: what comes before the tokens, with each of them, and after the last."""
+
+    content_type: str
+    before: Iterable[bytes]
+    tokens: Iterable[bytes]
+    after: Iterable[bytes]
+
+
+def openai(request: dict[str, Any], reply: "Reply") -> Script:
+    """Write what OpenAI, Azure and many others send."""
+
+    def choice(delta: Any = None, finish_reason: Any = None) -> bytes:
+        choices = [{"index": 0, "delta": delta or {}, "finish_reason": finish_reason}]
+        return sse({**frame(".chunk", request), "choices": choices, "usage": None})
+
+    deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [{"content": token} for token in reply.tokens]
+    after = []
+    if reply.then == "error":
+        after.append(sse({"error": reply.error}))
+    else:
+        if reply.finish_reason and not reply.finish_first:
+            after.append(choice(finish_reason=reply.finish_reason))
+        if (request.get("stream_options") or {}).get("include_usage"):
+            after.append(sse({**frame(".chunk", request), "choices": [], "usage": reply.usage}))
+    after.append(b"data: [DONE]\n\n")
+    return Script(
+        "text/event-stream",
+        [choice({"role": "assistant", "content": ""})] if reply.role else [],
+        (choice(delta, reply.finish_reason if reply.finish_first else None) for delta in deltas),
+        after,
+    )
+
+
+def frame(kind: str, request: dict[str, Any]) -> dict[str, Any]:
+    return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": request["model"]}
+
+
+def sse(event: Any) -> bytes:
+    return b"data: " + json.dumps(event).encode() + b"\n\n"
 
 
 @dataclass
@@ -39,6 +81,7 @@ class Reply:
     error: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    wire_format: Callable[[dict[str, Any], "Reply"], Script] = openai  # the others are in wire_formats.py
 
 
 @dataclass
@@ -156,57 +199,38 @@ class Upstream:
     async def answer(self, received: Received, reply: Reply, send: Any) -> None:
         if reply.status != 200:
             return await self.send_json(send, reply.status, reply.error, reply.headers)
-        if not received.body.get("stream"):
+        if reply.wire_format is openai and not received.body.get("stream"):
             message = {"role": "assistant", "content": "".join(reply.tokens)}
             choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
-            return await self.send_json(send, 200, {**self.frame("", received), "choices": [choice], "usage": USAGE})
-        await self.start(send, 200, {"content-type": "text/event-stream", **reply.headers})
+            return await self.send_json(send, 200, {**frame("", received.body), "choices": [choice], "usage": USAGE})
+        script = reply.wire_format(received.body, reply)
+        await self.start(send, 200, {"content-type": script.content_type, **reply.headers})
         if reply.raw:
             await send(body(reply.raw.encode()))
         else:
-            await self.send_chunks(received, reply, send)
+            await self.send_script(received, reply, script, send)
         if reply.then == "stall":
             await asyncio.Event().wait()
         if reply.then == "break":
             raise ConnectionAbortedError
         await send(body(b"", more=False))
 
-    async def send_chunks(self, received: Received, reply: Reply, send: Any) -> None:
-        if reply.role:
-            await self.send_choice(send, received, delta={"role": "assistant", "content": ""})
-        begin = self.loop.time()
-        deltas = [{"reasoning_content": "Hm. "}] * reply.thoughts + [{"content": token} for token in reply.tokens]
-        for number, delta in enumerate(deltas, start=1):
+    async def send_script(self, received: Received, reply: Reply, script: Script, send: Any) -> None:
+        for piece in script.before:
+            await send(body(piece))
+        begin, number = self.loop.time(), 0
+        for number, piece in enumerate(script.tokens, start=1):
             if reply.gated:
                 await self.is_released(number)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
-            await self.send_choice(send, received, delta, reply.finish_reason if reply.finish_first else None)
+            await send(body(piece))
             self.note(received, sent=number)
         if reply.gated:
-            await self.is_released(len(deltas) + 1)
-        if reply.then == "error":
-            await send(event({"error": reply.error}))
-        elif reply.then == "end":
-            if reply.finish_reason and not reply.finish_first:
-                await self.send_choice(send, received, finish_reason=reply.finish_reason)
-            if (received.body.get("stream_options") or {}).get("include_usage"):
-                await send(event({**self.frame(".chunk", received), "choices": [], "usage": reply.usage}))
+            await self.is_released(number + 1)
         if reply.then in ("end", "error"):
-            await send(body(b"data: [DONE]\n\n"))
-
-    def frame(self, kind: str, received: Received) -> dict[str, Any]:
-        return {"id": "chatcmpl-1", "object": f"chat.completion{kind}", "created": 1, "model": received.body["model"]}
-
-    async def send_choice(
-        self,
-        send: Any,
-        received: Received,
-        delta: Any = None,
-        finish_reason: Any = None,
-    ) -> None:
-        choice = {"index": 0, "delta": delta or {}, "finish_reason": finish_reason}
-        await send(event({**self.frame(".chunk", received), "choices": [choice], "usage": None}))
+            for piece in script.after:
+                await send(body(piece))
 
     async def start(self, send: Any, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -219,10 +243,6 @@ class Upstream:
 
 def body(content: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": content, "more_body": more}
-
-
-def event(content: Any) -> dict[str, Any]:
-    return body(b"data: " + json.dumps(content).encode() + b"\n\n")
 
 
 def reply_for(request: dict[str, Any]) -> Reply:

@@ -1,0 +1,88 @@
+"""Servers from environments of their own, for small wrappers that import from `production`."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import serving
+from harness.environments import InstallError, install
+
+# What is installed beside the tests plays no part.
+ONE_RUN_IS_ENOUGH = pytest.mark.skipif(
+    serving.TESTS_OTHER_WRAPPER or bool(os.environ.get("LOWEST")), reason="tests this folder with the newest releases"
+)
+
+HAYSTACK_2 = ["hayhooks>=2,<3", "haystack-ai>=2,<3"]
+ENVIRONMENTS = {
+    # Haystack 2 calls huggingface_hub 2 with an argument that it no longer has, and anthropic 2 as if it were older.
+    "third_party": [
+        *HAYSTACK_2,
+        "amazon-bedrock-haystack",
+        "anthropic-haystack",
+        "anthropic>=1.10,<2",
+        "huggingface_hub<2",
+        "ollama-haystack",
+    ],
+    "older_anthropic": [*HAYSTACK_2, "anthropic-haystack", "anthropic<1.10"],  # its streams are in reference cycles
+    "haystack_3": ["hayhooks>=2,<3", "haystack-ai>=3,<4"],
+}
+
+# AsyncPipeline is Hayhooks', as Haystack 3 has none.
+WRAPPER = """
+from hayhooks import AsyncPipeline, BasePipelineWrapper, async_streaming_generator
+from haystack.dataclasses import ChatMessage
+from haystack.utils import Secret
+
+from .production import openai_response, parse_messages, stoppable
+from {module} import {name}
+
+
+class PipelineWrapper(BasePipelineWrapper):
+    def setup(self):
+        self.pipeline = AsyncPipeline()
+        self.pipeline.add_component("llm", stoppable({name}({arguments})))
+
+    @openai_response
+    async def run_chat_completion_async(self, model, messages, body):
+        prompt = parse_messages(messages).prompt
+        return async_streaming_generator(
+            pipeline=self.pipeline,
+            pipeline_run_args={{"llm": {inputs}}},
+            streaming_components=["llm"],
+            allow_sync_streaming_callbacks=True,
+        )
+"""
+PROMPT = '{"prompt": prompt}'
+MESSAGES = '{"messages": [ChatMessage.from_user(prompt)]}'
+
+
+def wrapper_of(component: str, arguments: str = "", inputs: str = PROMPT) -> str:
+    """Return the source of a wrapper for a component, given as in `package.module.Class`."""
+    module, name = component.rsplit(".", 1)
+    return WRAPPER.format(module=module, name=name, arguments=arguments, inputs=inputs)
+
+
+@contextlib.contextmanager
+def served_from(environment: str, pipelines: dict[str, dict[str, str]], **variables: str) -> Iterator[serving.Server]:
+    """Serve pipelines, the files of each by its name, from an environment; skip the test if it cannot be installed."""
+    try:
+        scripts = install(environment, *ENVIRONMENTS[environment])
+    except InstallError as error:
+        pytest.skip(f"{environment} cannot be installed: {error}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name, files in pipelines.items():
+            serving.copy_wrapper(serving.EXAMPLE / "production", Path(folder, name, "production"))
+            for file, source in files.items():
+                Path(folder, name, file).write_text(source)
+        # Two that import the same package in parallel can fail.
+        here = {"HAYHOOKS_PIPELINES_DIR": folder, "HAYHOOKS_STARTUP_DEPLOY_STRATEGY": "sequential"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serving, "HAYHOOKS", str(scripts / "hayhooks"))
+            server = stack.enter_context(serving.hayhooks(**here, **variables))
+        assert "Skipping pipeline" not in server.log, server.log
+        yield server
+        assert "never retrieved" not in server.log  # what asyncio says of a task whose failure nobody has seen
