@@ -1,4 +1,4 @@
-"""Measure this example against its upstream, the plain version and the async way, all in one run.
+"""Measure this example against its upstream, the plain version, the async way and LiteLLM's proxy, all in one run.
 
 Prints Markdown tables. A full run also writes them to `benchmark.md` beside this file, and draws `benchmark.svg`.
 """
@@ -7,262 +7,243 @@ import argparse
 import asyncio
 import contextlib
 import datetime
-import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from harness.client import content_of
-from harness.readme import python_block
-from harness.serving import EXAMPLE, NAME, deployed, free_port, running
+from harness.costs import ASYNC, DIRECT, LITELLM, OURS, PLAIN, Plan, Results, draw, ratios, tables
+from harness.environments import InstallError, install
+from harness.load import TEXT, Variant, ask, measure
+from harness.serving import EXAMPLE, KEY, NAME, copy_wrapper, free_port, running
 from rich.progress import track
 
 TESTS = Path(__file__).parent
-DIRECT, PLAIN, OURS, ASYNC = "upstream directly", "the plain version", "this example", "the async way"
-TOKENS, PACE = 50, 0.02
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+WRAPPERS = {PLAIN: TESTS / "harness/plain_wrapper.py", OURS: EXAMPLE, ASYNC: TESTS / "harness/async_way.py"}
+PACE = 0.02  # seconds from one token to the next
+FAILURES = (RuntimeError, OSError, psutil.Error)  # of a server
+LEVELS = (1, 10, 50, 100, 300)
+OLDEST = Plan({1: 3, 10: 3, 50: 3, 100: 3, 300: 3}, {DIRECT: LEVELS, PLAIN: LEVELS, LITELLM: (10, 50, 100)})
+NEWEST = Plan(
+    {50: 1, 100: 2, 300: 1}, {DIRECT: LEVELS, PLAIN: (100,)}
+)  # with 300 streams it takes 200 seconds on every Python
+QUICK = Plan({1: 1, 10: 1, 50: 1}, {}, tokens=100)
 
 
-@dataclass
-class Variant:
-    """One way to the same upstream; `process` is the server's, None for the upstream itself."""
+class Environment:
+    """A folder of scripts, and what is installed there: `software` is "Python 3.10.13 with" packages and versions."""
 
-    name: str
-    port: int
-    process: psutil.Process | None = None
+    def __init__(self, scripts: Path, *packages: str) -> None:
+        code = "import importlib.metadata, platform, sys; print(platform.python_version())\n"
+        code += "for name in sys.argv[1:]: print(name, importlib.metadata.version(name))"
+        command = [str(scripts / "python"), "-c", code, *packages]
+        version, *installed = subprocess.check_output(command, text=True).splitlines()
+        self.scripts, self.python = scripts, f"Python {version}"
+        self.software = f"{self.python} with {', '.join(installed)}"
+
+    @classmethod
+    def of_example(cls, scripts: Path) -> "Environment":
+        return cls(scripts, "hayhooks", "haystack-ai", "openai")
 
 
-@dataclass
-class Round:
-    """What one round measured: times to first token and the whole round in seconds, answers that came complete."""
+def pythons() -> list[str]:
+    """Return the paths of the oldest and the newest Python that uv or pyenv has; raises InstallError without uv."""
+    folders = (Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions").glob("*/bin")
+    path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])  # uv knows only pyenv's shims
+    uv = [f"{SCRIPTS}/uv", "python", "find", "--system", "--no-project", "--no-python-downloads"]
+    found = []
+    for minor in range(10, 14):
+        try:
+            command = [*uv, f"3.{minor}"]
+            asked = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise InstallError("there is no uv in this environment") from None
+        found += asked.stdout.split("\n")[:1] if asked.returncode == 0 else []
+    return found if len(found) < 2 else [found[0], found[-1]]
 
-    first_tokens: list[float]
-    seconds: float
-    chunks: int
-    complete: int
-    memory: int = 0
-    threads: int = 0
+
+def install_all(notes: list[str]) -> tuple[list[Environment], Environment | None]:
+    """Install the example's requirements on each Python, and LiteLLM on the first; notes say what is left out."""
+    environments, litellm = [], None
+    try:
+        for python in pythons():
+            requirements = ("-r", str(EXAMPLE / "requirements.txt"), "--compile-bytecode")
+            scripts = install(f"bench-{Path(python).name}", *requirements, python=python)
+            environments.append(Environment.of_example(scripts))
+    except InstallError as error:
+        notes.append(f"Python: {error}.")
+    environments = environments or [Environment.of_example(SCRIPTS)]
+    try:
+        python = str((environments[0].scripts / "python").resolve())
+        litellm = Environment(install("litellm", "litellm[proxy]", "--compile-bytecode", python=python), "litellm")
+    except InstallError as error:
+        notes.append(f"{LITELLM}: {error}.")
+    return environments, litellm
 
 
 @contextlib.contextmanager
-def variants() -> Iterator[tuple[int, list[Variant]]]:
-    """Start every variant in a process of its own; yields the upstream's port too."""
-    with contextlib.ExitStack() as stack:
-        port = free_port()
-        upstream = [sys.executable, str(TESTS / "harness" / "upstream.py"), str(port)]
-        stack.enter_context(running(upstream, f"http://127.0.0.1:{port}/"))
-        started = [Variant(DIRECT, port)]
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "async_way.py").write_text(python_block("OpenAIChatGenerator"))
-        wrappers = {
-            PLAIN: TESTS / "harness" / "plain_wrapper.py",
-            OURS: EXAMPLE / "pipeline_wrapper.py",
-            ASYNC: folder / "async_way.py",
+def serving(name: str, command: list[str], path: str, folder: str, **variables: str) -> Iterator[Variant]:
+    """Run a server in a folder with these variables alone; raises RuntimeError with the end of its log."""
+    port, log = free_port(), Path(folder) / "server.log"
+    options: dict[str, Any] = {"cwd": folder, "stdout": log.open("wb"), "stderr": subprocess.STDOUT}
+    options["env"] = {"PATH": os.environ["PATH"], "HOME": str(Path.home()), **variables}
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with options["stdout"], contextlib.ExitStack() as stack:
+        try:
+            process = stack.enter_context(running(command, f"http://127.0.0.1:{port}{path}", **options))
+            variant = Variant(name, port, psutil.Process(process.pid))
+            if not asyncio.run(measure(variant, 1, 5, 0)).complete:
+                raise RuntimeError("its answer is not complete")
+        except (RuntimeError, OSError) as error:
+            end = log.read_text(errors="replace").splitlines()[-10:]
+            raise RuntimeError("\n".join([f"{name}: {error}", *end])) from error
+        yield variant
+
+
+@contextlib.contextmanager
+def hayhooks(name: str, scripts: Path, upstream: str) -> Iterator[Variant]:
+    """Serve a wrapper that asks the upstream at this URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_wrapper(WRAPPERS[name], Path(folder) / "pipelines" / NAME)
+        (Path(folder) / ".env").touch()  # Hayhooks would look for the user's in the folders above
+        variables = {
+            "OPENAI_API_KEY": KEY,
+            "OPENAI_BASE_URL": upstream,
+            "HAYHOOKS_PIPELINES_DIR": f"{folder}/pipelines",
+            "HAYHOOKS_LOG_LEVEL": "error",
+            "HAYSTACK_TELEMETRY_ENABLED": "False",
+            "MAX_CONCURRENT_STREAMS": "500",
         }
-        for name, wrapper in wrappers.items():
-            url = f"http://127.0.0.1:{port}/v1"
-            server = stack.enter_context(deployed(wrapper=wrapper, OPENAI_BASE_URL=url, HAYHOOKS_LOG_LEVEL="error"))
-            started.append(Variant(name, server.port, psutil.Process(server.process.pid)))
-        yield port, started
+        with serving(name, [f"{scripts}/hayhooks", "run"], "/status", folder, **variables) as variant:
+            yield variant
 
 
-async def ask(port: int, tokens: int, pace: float, leave_after: int | None = None) -> tuple[float, str]:
-    """Stream one answer; returns the seconds to its first token, and its text."""
-    prompt = json.dumps({"tokens": tokens, "pace": pace})
-    body = json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": prompt}]})
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close"
-    )
-    start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-    first_token, text, seen = 0.0, [], 0
-    async for line in reader:
-        if line.startswith(b"data: {") and (content := content_of(json.loads(line[6:]))):
-            first_token = first_token or time.perf_counter() - start
-            text.append(content)
-            seen += 1
-            if seen == leave_after:
-                break
-    writer.close()
-    return first_token, "".join(text)
+@contextlib.contextmanager
+def litellm_proxy(scripts: Path, upstream: str) -> Iterator[Variant]:
+    """Run LiteLLM's proxy in front of the upstream at this URL."""
+    model = {"model": "openai/gpt-5-mini", "api_base": upstream, "api_key": KEY}
+    config = {
+        "model_list": [{"model_name": NAME, "litellm_params": model}],
+        "litellm_settings": {"telemetry": False},
+        "general_settings": {"master_key": KEY},  # it does not start without one
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").write_text(json.dumps(config))  # JSON is YAML, too
+        command = [f"{scripts}/litellm", "--config", "config.yaml", "--telemetry", "False"]
+        local = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        with serving(LITELLM, command, "/health/liveliness", folder, **local) as variant:
+            yield variant
 
 
-async def measure(variant: Variant, streams: int, tokens: int, pace: float) -> Round:
-    """Open so many streams at once, and wait for all of them."""
-    memory = threads = 0
-
-    async def watch(process: psutil.Process) -> None:
-        nonlocal memory, threads
-        while True:
-            memory, threads = max(memory, process.memory_info().rss), max(threads, process.num_threads())
-            await asyncio.sleep(0.1)
-
-    watching = asyncio.ensure_future(watch(variant.process)) if variant.process else None
-    start = time.perf_counter()
-    answers = await asyncio.gather(*(ask(variant.port, tokens, pace) for _ in range(streams)))
-    seconds = time.perf_counter() - start
-    if watching:
-        watching.cancel()
-    whole = "".join(f"{number} " for number in range(tokens))
-    complete = sum(text == whole for _, text in answers)
-    return Round([first for first, _ in answers], seconds, streams * tokens, complete, memory, threads)
-
-
-def tokens_after_leaving(upstream: int, variant: Variant) -> int:
+def tokens_after_leaving(upstream: int, variant: Variant) -> float:
     """Return how many tokens the upstream still sent after the client left at token 5 of 200."""
-    asyncio.run(ask(variant.port, 200, PACE, leave_after=5))
-    while True:
+    reader = asyncio.run(ask(variant.port, 200, PACE, leave_after=5))
+    while TEXT.search(reader.content()):
         with urllib.request.urlopen(f"http://127.0.0.1:{upstream}/") as response:
             received = json.load(response)
         if received["over"]:
             return int(received["sent"]) - 5
         time.sleep(PACE)
+    return math.nan
 
 
-def cpu_per_chunk(variant: Variant, tokens: int = 3000) -> float:
-    """Return the server's CPU time in microseconds for a chunk of one stream as fast as it goes."""
-    assert variant.process
-    before = variant.process.cpu_times()
-    asyncio.run(ask(variant.port, tokens, 0))
-    after = variant.process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / tokens * 1e6
+def measure_all(variants: list[Variant], upstream: int, results: Results) -> None:
+    """Measure the variants in turn, so that whatever else the machine does meets all of them alike."""
+    plan = results.plan
+    for variant in variants:  # the first requests pay for imports and connections
+        asyncio.run(measure(variant, 10, 5, 0))
+    jobs = [
+        (level, variant)
+        for level, rounds in plan.rounds.items()
+        for number in range(rounds)
+        for variant in variants
+        if variant.name not in plan.once or (number == 0 and level in plan.once[variant.name])
+    ]
+    for level, variant in track(jobs, description=f"Measuring on {results.python}"):
+        results.rounds[variant.name, level].append(asyncio.run(measure(variant, level, plan.tokens, PACE)))
+    fast = [[asyncio.run(measure(variant, 1, plan.fast_tokens, 0)) for variant in variants] for _ in range(3)]
+    for variant, *rounds in zip(variants, *fast, strict=True):
+        results.fast_cpu[variant.name] = statistics.median(one.cpu_per_chunk() for one in rounds)
+        results.left[variant.name] = tokens_after_leaving(upstream, variant)
 
 
-def percentile(values: list[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+def run(environment: Environment, plan: Plan, litellm: Environment | None, notes: list[str]) -> Results:
+    """Start every variant in a process of its own, and measure it; raises RuntimeError if one does not start.
+
+    LiteLLM comes after the others, alone, as it works without requests, too; a note says why it is left out.
+    """
+    results, port = Results(environment.python, plan), free_port()
+    upstream, url = [sys.executable, str(TESTS / "harness/upstream.py"), str(port)], f"http://127.0.0.1:{port}"
+    with running(upstream, url):
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(hayhooks(name, environment.scripts, f"{url}/v1")) for name in WRAPPERS]
+            measure_all([Variant(DIRECT, port), *servers], port, results)
+        try:
+            if litellm and LITELLM in plan.once:
+                with litellm_proxy(litellm.scripts, f"{url}/v1") as proxy:
+                    measure_all([proxy], port, results)
+        except FAILURES as error:
+            notes.append(str(error))
+    return results
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = (head, ["---", *["--:"] * (len(head) - 1)], *rows)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def report(all_results: list[Results], environments: list[Environment], notes: list[str]) -> str:
+    software = "; ".join(environment.software for environment in environments)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    left_out = "".join(f"\nLeft out: {note}\n" for note in notes)
+    sections = "\n".join(f"## {results.python}\n\n{results.plan}\n\n{tables(results)}" for results in all_results)
+    return f"""\
+# What the example costs
 
+Written by `./tests/run bench` on {datetime.date.today()}: {software}; {machine}.
 
-def draw(levels: list[int], p95: dict[tuple[str, int], float]) -> None:
-    import matplotlib as mpl
+Tokens come {PACE * 1000:.0f} ms apart, {1 / PACE:.0f} a second. Each variant has a process of its own. The client, the
+server and the upstream run on the same machine: the first variant, "{DIRECT}", shows what client and upstream
+can do here. The tokens per second of each stream are those between its first and its last token, of the median stream.
+The CPU time is that of the server's process, the memory and the threads are its peaks. "-" was not measured. "After the
+client left" counts the tokens that the upstream still sent when the client left at token 5 of 200.
+{left_out}
+{sections}
+## What it should cost
 
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    grey = "#808080"  # readable on white and on black
-    colours = {DIRECT: grey, PLAIN: "#e0524d", OURS: "#2f9e6e", ASYNC: "#4a86e8"}
-    colour_of = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: dict[Any, Any] = {**dict.fromkeys(colour_of, grey), "svg.fonttype": "none", "svg.hashsalt": NAME}
-    with mpl.rc_context(style):
-        figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-        for name, colour in colours.items():
-            axes.plot(levels, [p95[name, level] for level in levels], "o-", color=colour, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="streams at a time", ylabel="time to first token, p95")
-        axes.set_xticks(levels, [str(level) for level in levels])
-        seconds = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
-        axes.set_yticks(seconds, [f"{second:g} s" for second in seconds])
-        axes.minorticks_off()
-        axes.grid(color=grey, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        figure.savefig(TESTS / "benchmark.svg", transparent=True, metadata={"Date": None})
+{ratios(all_results)}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./tests/run bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round and fewer streams, and nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one round of fewer streams, and nothing is written")
     options = parser.parse_args()
-    levels, rounds = ([1, 10, 50], 1) if options.quick else ([1, 10, 50, 100, 300], 5)
-    plain_rounds = min(rounds, 2)  # one takes the plain version a minute, and always the same
-
-    results: dict[tuple[str, int], list[Round]] = defaultdict(list)
-    cpu: dict[str, list[float]] = defaultdict(list)
-    with variants() as (upstream, started):
-        servers = [variant for variant in started if variant.process]
-        for variant in started:  # the first requests pay for imports and connections
-            asyncio.run(measure(variant, 10, 5, 0))
-        jobs = [
-            (level, variant)
-            for number in range(rounds)
-            for level in levels
-            for variant in started
-            if variant.name != PLAIN or number < plain_rounds
-        ]
-        for level, variant in track(jobs, description="Measuring"):
-            for _ in range(10 if level == 1 else 1):
-                results[variant.name, level].append(
-                    asyncio.run(measure(variant, level, TOKENS if level > 1 else 5, PACE))
-                )
-        for _ in range(rounds):
-            for variant in servers:
-                cpu[variant.name].append(cpu_per_chunk(variant))
-        left = {variant.name: tokens_after_leaving(upstream, variant) for variant in started}
-
-    def median(name: str, level: int, percent: int) -> float:
-        return statistics.median(percentile(one.first_tokens, percent) for one in results[name, level])
-
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("hayhooks", "haystack-ai", "openai"))
-    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    names = [variant.name for variant in started]
-
-    def per_level(cell: Callable[[str, int], str]) -> str:
-        return table(["streams", *names], [[str(level), *(cell(name, level) for name in names)] for level in levels])
-
-    def first_tokens(name: str, level: int) -> str:
-        return " / ".join(f"{median(name, level, percent) * 1000:,.0f}" for percent in (50, 95)) + " ms"
-
-    def per_second(name: str, level: int) -> str:
-        return f"{statistics.median(one.chunks / one.seconds for one in results[name, level]):,.0f}"
-
-    most = levels[-1]
-    sent = "tokens sent after the client left"
-    head = ["", f"complete at {most}", sent, "CPU per chunk", f"memory at {most}", f"threads at {most}"]
-    rows = [
-        [
-            name,
-            f"{min(one.complete for one in results[name, most])} of {most}",
-            str(left[name]),
-            f"{statistics.median(cpu[name]):.0f} µs",
-            f"{max(one.memory for one in results[name, most]) / 2**20:.0f} MiB",
-            str(max(one.threads for one in results[name, most])),
-        ]
-        for name in names[1:]
-    ]
-
-    def ratios(level: int) -> str:
-        ours, plain, theirs = (median(name, level, 95) for name in (OURS, PLAIN, ASYNC))
-        return f"{ours / plain:.2f} times the plain version's and {ours / theirs:.2f} times the async way's"
-
-    later = (median(OURS, 1, 50) - median(DIRECT, 1, 50)) * 1000
-    report = f"""\
-# What the example costs
-
-Written by `./tests/run bench` on {datetime.date.today()}: {versions}, {python}.
-Answers of {TOKENS} tokens, {PACE * 1000:.0f} ms apart; medians of {rounds} rounds
-({plain_rounds} of the plain version). Each variant has a process of its own; the client and the upstream run on the
-same machine.
-
-Time to first token, p50 / p95:
-
-{per_level(first_tokens)}
-At 95 % the first token of this example takes {ratios(min(100, most))} with {min(100, most)} streams, and
-{ratios(most)} with {most}. One stream alone starts {later:.0f} ms later than from the upstream directly.
-
-Chunks per second:
-
-{per_level(per_second)}
-Per server; the CPU time is that of one stream as fast as it goes:
-
-{table(head, rows)}"""
-    print(f"\n{report}")
+    notes: list[str] = []
+    if options.quick:
+        environments, litellm, plans = [Environment.of_example(SCRIPTS)], None, [QUICK]
+    else:
+        environments, litellm = install_all(notes)
+        plans = [OLDEST, NEWEST]
+    results = []
+    for environment, plan in zip(environments, plans, strict=False):
+        try:
+            results.append(run(environment, plan, litellm, notes))
+        except FAILURES as error:
+            notes.append(str(error))
+    if not results:
+        sys.exit("\n".join(notes))
+    text = report(results, [*environments, *([litellm] if litellm else [])], notes)
+    print(f"\n{text}")
     if not options.quick:
-        (TESTS / "benchmark.md").write_text(report)
-        draw(levels, {(name, level): median(name, level, 95) for name in names for level in levels})
+        (TESTS / "benchmark.md").write_text(text)
+        draw(results[0], TESTS / "benchmark.svg")
 
 
 if __name__ == "__main__":

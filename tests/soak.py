@@ -1,4 +1,4 @@
-"""Send some thousand mixed requests, and compare the server's threads, open files and memory before and after.
+"""Send some ten thousand mixed requests, and compare the server's threads, open files and memory before and after.
 
 Prints a table, and fails when more is left than before.
 """
@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import psutil
@@ -16,11 +17,13 @@ from harness.client import Chat, text_of, texts_of
 from harness.serving import NAME, deployed, wait_until
 from harness.upstream import Reply, Upstream
 
-SECONDS, CLIENTS, PLACES = 60, 24, 20
+SECONDS, CLIENTS, PLACES = 120, 24, 20
 REPLIES = {
     "answered": Reply(tokens=["token "] * 20, pace=0.005),
+    "reasoned": Reply(thoughts=20, tokens=["token "] * 20, pace=0.005),
+    "temperature refused": Reply(tokens=["token "] * 20, pace=0.005),
     "left": Reply(tokens=["token "] * 10_000, pace=0.01),
-    "left early": Reply(role=False, tokens=["token "] * 20, pace=0.2),
+    "left early": Reply(role=False, tokens=["token "] * 2, pace=0.2),
     "broken off": Reply(then="break"),
     "error event": Reply(then="error", error={"message": "No."}),
     "no chunk": Reply(role=False, tokens=[], then="break"),
@@ -29,15 +32,30 @@ REPLIES = {
     "stalled": Reply(then="stall"),
     "bad input": Reply(),
 }
+NO_TEMPERATURE = {
+    "message": "Unsupported value: 'temperature' does not support this value with this model.",
+    "type": "invalid_request_error",
+    "param": "temperature",
+    "code": "unsupported_value",
+}
+
+
+def reply_for(body: dict[str, Any]) -> Reply:
+    kind = body["messages"][0]["content"]
+    if kind == "temperature refused" and "temperature" in body:
+        return Reply(status=400, error={"error": NO_TEMPERATURE})
+    return REPLIES[kind]
 
 
 def one_request(chat: Chat, kind: str) -> str:
     """Send one request of a kind; return that kind, or what happened in its place."""
     stream = random.random() < 0.7
+    # A value that was refused once is not sent again, so there are many of them.
+    parameters = {"temperature": round(random.uniform(0, 2), 2)} if kind == "temperature refused" else {}
     with contextlib.suppress(httpx.ReadTimeout):
         match kind:
-            case "answered" if stream:
-                return kind if text_of(chat.events(kind)) == "token " * 20 else "cut short"
+            case "answered" | "reasoned" | "temperature refused" if stream:
+                return kind if text_of(chat.events(kind, **parameters)) == "token " * 20 else "cut short"
             case "left":
                 with chat.open(kind) as events:
                     next(texts_of(events))
@@ -46,7 +64,9 @@ def one_request(chat: Chat, kind: str) -> str:
             case "bad input":
                 return kind if chat.post([], stream=stream).status_code == 400 else "wrong status"
             case _:
-                chat.post(kind, stream=stream).read()
+                response = chat.post(kind, stream=stream, **parameters)
+                if response.status_code == 503:
+                    response.raise_for_status()
     return kind
 
 
@@ -60,7 +80,7 @@ def measure(process: psutil.Process) -> dict[str, int]:
 
 def main() -> None:
     with Upstream() as upstream:
-        upstream.reply = lambda body: REPLIES[body["messages"][0]["content"]]
+        upstream.reply = reply_for
         variables = {"OPENAI_TIMEOUT": "1", "MAX_CONCURRENT_STREAMS": str(PLACES), "HAYHOOKS_LOG_LEVEL": "critical"}
         with deployed(OPENAI_BASE_URL=upstream.url, **variables) as server:
             chat, process, counts = Chat(server), psutil.Process(server.process.pid), Counter[str]()
@@ -72,6 +92,7 @@ def main() -> None:
                         counts[one_request(chat, kind)] += 1
                     except httpx.HTTPStatusError as refused:
                         counts[f"status {refused.response.status_code}"] += 1
+                        time.sleep(0.1)  # or most requests would be refused
 
             def run(seconds: float) -> dict[str, int]:
                 with ThreadPoolExecutor(CLIENTS) as threads:
