@@ -1,6 +1,7 @@
-"""What README.md says is what happens: its commands and its code run, its tables are the code's."""
+"""What README.md shows is what happens: its recipes, commands and servers run, its tables are the code's."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -17,29 +18,165 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.readme import block, blocks, example_with, python_block
-from harness.serving import (
-    EXAMPLE,
-    KEY,
-    NAME,
-    DeployError,
-    deployed,
-    free_port,
-    hayhooks,
-    load_wrapper,
-    running,
-    wait_until,
-)
+from harness.client import Chat, events_of, text_of, texts_of
+from harness.elsewhere import ONE_RUN_IS_ENOUGH, served_from
+from harness.readme import block, blocks
+from harness.serving import EXAMPLE, KEY, NAME, Server, copy_wrapper, deployed, free_port, hayhooks, running, wait_until
 from harness.upstream import Reply, Upstream
 from hayhooks.settings import AppSettings
 from kubernetes_validate.utils import validate as validate_manifest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 README = (EXAMPLE / "README.md").read_text()
-SHELL = [block for block in blocks() if block.language == "bash"]
-WORKERS = block("bash", name="workers")
-HAYSTACK_3 = Path(sys.prefix) / "haystack3"
+HI = [{"role": "user", "content": "Hi"}]
+LONG = Reply([f"{number} " for number in range(10_000)], pace=0.02)
+HAYSTACK = Version(importlib.metadata.version("haystack-ai"))
+NEEDS_2_31 = pytest.mark.skipif(Version("2.31") > HAYSTACK, reason="older Haystacks have no output_passthrough")
+
+
+# The recipes
+
+
+class Named(Chat):
+    """A client of one of a server's pipelines."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        super().__init__(server)
+        self.name = name
+
+    def request(self, messages: Any = "Hi", **body: Any) -> dict[str, Any]:
+        return super().request(messages, **{"model": self.name, **body})
+
+
+def recipe(name: str) -> dict[str, str]:
+    """Return the files of a recipe by their names."""
+    return {"pipeline_wrapper.py": block("python", name=f"recipe {name}")}
+
+
+def azure(url: str) -> dict[str, str]:
+    """Return the example with the README's line for Azure, and this URL."""
+    [old] = re.findall(
+        r"^ +llm = OpenAIGenerator.*$", code := (EXAMPLE / "pipeline_wrapper.py").read_text(), re.MULTILINE
+    )
+    new = block("python", name="azure").rstrip().replace("https://YOUR-RESOURCE.openai.azure.com", url)
+    new = new.replace("azure_endpoint", f'api_version="2024-10-21", api_key=Secret.from_token("{KEY}"), azure_endpoint')
+    code = code.replace(old, new).replace("import OpenAIGenerator", "import AzureOpenAIGenerator")
+    return {"pipeline_wrapper.py": f"from haystack.utils import Secret\n{code}"}
+
+
+@pytest.fixture(scope="module")
+def recipes(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    definition = block("yaml", name="pipeline").replace("https://api.openai.com/v1", shared_upstream.url)
+    folder = tmp_path_factory.mktemp("pipelines")
+    pipelines = {
+        "rag": recipe("rag"),
+        "from_yaml": {**recipe("from_yaml"), "pipeline.yml": definition},
+        "azure": azure(shared_upstream.url.removesuffix("/v1")),
+        "any_component": recipe("any_component"),
+        "async_way": recipe("async_way"),
+    }
+    for name, files in pipelines.items():
+        copy_wrapper(EXAMPLE / "production", folder / name / "production")
+        for file, source in files.items():
+            (folder / name / file).write_text(source)
+    variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": shared_upstream.url, "HAYHOOKS_PIPELINES_DIR": str(folder)}
+    with hayhooks(HAYHOOKS_STARTUP_DEPLOY_STRATEGY="sequential", **variables) as server:
+        yield server
+
+
+def assert_it_serves(chat: Chat, upstream: Upstream) -> None:
+    """Check that a pipeline streams, stops with its client, and tells it of a wrong key."""
+    assert text_of(chat.events()) == "Hello, world!"
+    upstream.forget()
+    upstream.reply = LONG
+    with chat.open() as events:
+        next(texts_of(events))
+    upstream.wait_until(lambda: upstream.received[0].over)
+    assert upstream.received[0].left
+    upstream.reply = Reply(status=401, error={"error": {"message": "No."}})
+    assert chat.post(stream=True).status_code == 424
+    upstream.forget()
+
+
+def test_rag_with_defaults(recipes: Server, upstream: Upstream) -> None:
+    assert_it_serves(chat := Named(recipes, "rag"), upstream)
+    assert chat.post("When is lunch?").status_code == 200
+    history = [
+        {"role": "user", "content": "When does the office open?"},
+        {"role": "assistant", "content": "The office opens at nine."},
+    ]
+    question = {"role": "user", "content": [{"type": "text", "text": "When is lunch?"}]}
+    chat.post([{"role": "system", "content": "Rhyme."}, *history, question], temperature=0.5)
+    default, sent = (one.body for one in upstream.received)
+    assert [message["content"] for message in default["messages"]] == [
+        "You are a librarian.",
+        "Lunch is at noon.\n\nWhen is lunch?",
+    ]
+    assert (default["temperature"], default["verbosity"]) == (1, "low")
+    assert sent["messages"][0]["content"] == "Rhyme."
+    assert sent["messages"][1]["content"].startswith("Lunch is at noon.")
+    assert (sent["temperature"], sent["verbosity"]) == (0.5, "low")
+
+
+@NEEDS_2_31
+def test_a_router_from_yaml(recipes: Server, upstream: Upstream) -> None:
+    assert_it_serves(chat := Named(recipes, "from_yaml"), upstream)
+    for question in ("42", "[1, 2]", "None", "{{ 7*7 }}", "long " * 50):
+        assert text_of(chat.events(question)) == "Hello, world!"
+        assert upstream.received[-1].body["messages"] == [{"role": "user", "content": question}]
+    assert [one.body["model"] for one in upstream.received] == [*["gpt-5-nano"] * 4, "gpt-5-mini"]
+
+
+def test_azure(recipes: Server, upstream: Upstream) -> None:
+    assert_it_serves(chat := Named(recipes, "azure"), upstream)
+    assert chat.post(temperature=0.5).status_code == 200
+    [received] = upstream.received
+    assert received.path == "/openai/deployments/YOUR-DEPLOYMENT/chat/completions"
+    assert (received.headers["api-key"], received.body["temperature"]) == (KEY, 0.5)
+
+
+def assert_the_async_way_serves(chat: Chat, upstream: Upstream) -> None:
+    assert_it_serves(chat, upstream)
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [*PARTS, image]}]
+    events = chat.events(conversation, temperature=0.5, stream_options={"include_usage": True})
+    assert "usage" in events[-1]
+    received = upstream.received[0].body
+    assert received["temperature"] == 0.5
+    assert [message["role"] for message in received["messages"]] == ["system", "user"]
+
+
+PARTS = [{"type": "text", "text": "What is it?"}]
+
+
+@NEEDS_2_31  # older ones take no images
+def test_the_async_way_on_haystack_2(recipes: Server, upstream: Upstream) -> None:
+    assert_the_async_way_serves(Named(recipes, "async_way"), upstream)
+
+
+@ONE_RUN_IS_ENOUGH
+def test_the_recipes_for_both_on_haystack_3(upstream: Upstream) -> None:
+    pipelines = {"async_way": recipe("async_way"), "any_component": recipe("any_component")}
+    with served_from("haystack_3", pipelines, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=upstream.url) as server:
+        assert_the_async_way_serves(Named(server, "async_way"), upstream)
+        assert_any_component_serves(server)
+
+
+def test_any_component(recipes: Server) -> None:
+    assert_any_component_serves(recipes)
+
+
+def assert_any_component_serves(server: Server) -> None:
+    chat = Named(server, "any_component")
+    assert list(texts_of(chat.events("one two"))) == ["one ", "two "]
+    assert chat.post("one two").json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_recipe_has_at_most_thirty_lines() -> None:
+    recipes = [one.code for one in blocks() if one.name.startswith("recipe")]
+    assert len(recipes) == 4
+    assert max(len(code.splitlines()) for code in recipes) <= 30
 
 
 # The commands
@@ -54,45 +191,39 @@ class Checkout:
     port: int
 
     @property
-    def log(self) -> str:
-        return (self.folder.parent / "server.log").read_text()
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def here(self, code: str) -> str:
-        return code.replace("localhost:1416", f"127.0.0.1:{self.port}")
+        return code.replace("http://localhost:1416", self.url).replace("/tmp/clean", f"{self.folder.parent}/clean")
 
     def run(self, code: str) -> str:
-        """Run a block as it stands, but for the port."""
+        """Run a block as it is, but for the port and for /tmp."""
         command = ["sh", "-euc", self.here(code)]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, check=True, capture_output=True, text=True
-        )
-        return done.stdout
+        options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "text": True}
+        return subprocess.run(command, check=True, capture_output=True, **options).stdout
 
     @contextlib.contextmanager
-    def serve(self, code: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a block that ends in `hayhooks run` until this block is left."""
-        command = ["sh", "-euc", code.replace("hayhooks run", "exec hayhooks run")]
-        url = f"http://127.0.0.1:{self.port}/status"
+    def serve(self, code: str, start: str = "hayhooks run") -> Iterator[None]:
+        """Run a block that ends by starting a server, until this block is left."""
+        command = ["sh", "-euc", code.replace(start, f"exec {start}")]
+        options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "stderr": subprocess.STDOUT}
         with (
             (self.folder.parent / "server.log").open("wb") as log,
-            running(
-                command, url, cwd=self.folder, env=self.environment, stdout=log, stderr=subprocess.STDOUT
-            ) as server,
+            running(command, f"{self.url}/status", stdout=log, **options),
         ):
-            yield server
+            yield
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
     folder, home, port = tmp_path / "checkout", tmp_path / "home", free_port()
-    for path in ("pipeline_wrapper.py", "requirements.txt", "README.md", ".env.example"):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(EXAMPLE / path, folder)
+    copy_wrapper(EXAMPLE, folder)
     for secret in (".git/config", ".venv/lib/secret.py", "tests/secret.py"):
         (folder / secret).parent.mkdir(parents=True)
         (folder / secret).write_text("SECRET = 1")
-    example = folder / ".env.example"
-    example.write_text(example.read_text().replace("OPENAI_API_KEY=", f"OPENAI_API_KEY={KEY}"))
+    example = (EXAMPLE / ".env.example").read_text()
+    (folder / ".env.example").write_text(example.replace("OPENAI_API_KEY=", f"OPENAI_API_KEY={KEY}"))
     home.mkdir()
     environment = {
         "HOME": str(home),
@@ -105,11 +236,28 @@ def checkout(tmp_path: Path, upstream: Upstream) -> Checkout:
     return Checkout(folder, environment, port)
 
 
+def ask_all(checkout: Checkout, upstream: Upstream) -> None:
+    """Ask as the README does with curl, where there is one, and compare a stream with the one that is printed."""
+    upstream.reply = Reply(tokens=["Hello"])
+    curl = [one.code for one in blocks() if one.code.startswith("curl")]
+    assert len(curl) == 2
+    if shutil.which("curl"):
+        stream, run = (checkout.run(code) for code in curl)
+        [printed] = [one.code for one in blocks() if one.code.startswith('data: {"id"')]
+        assert without_values(stream) == without_values(printed)
+        assert run == '{"result":"Hello"}'
+
+
+def without_values(stream: str) -> str:
+    """Return a stream without what differs from answer to answer."""
+    return re.sub(r'"created": \d+', "", re.sub(r"chatcmpl-\w+…?", "", stream)).strip()
+
+
 def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: Upstream) -> None:
     install = block("bash", name="by hand").splitlines(keepends=True)
     assert [line.split(maxsplit=2)[0] for line in install[:3]] == ["python3", ".", "pip"]
     with checkout.serve("".join(install[3:])):
-        ask_all(checkout)
+        ask_all(checkout, upstream)
     assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
     assert not (checkout.folder / "pipelines").exists()
 
@@ -121,75 +269,47 @@ def test_the_remove_block_removes_what_the_demo_installed(checkout: Checkout) ->
     assert list(cache.iterdir()) == []
 
 
-def ask_all(checkout: Checkout) -> None:
-    """Ask as the README does: with curl, where there is one, and with the OpenAI SDK."""
-    curl = [block.code for block in SHELL if block.code.startswith("curl")]
-    assert len(curl) == 3
-    if shutil.which("curl"):
-        stream, run, status = (checkout.run(code) for code in curl)
-        assert stream.count("data: {") == 6
-        assert run == '{"result":"Hello, world!"}'
-        assert NAME in status
-    client = checkout.here(python_block("from openai import OpenAI"))
-    answer = subprocess.run([sys.executable, "-c", client], check=True, capture_output=True, text=True).stdout
-    assert answer == "Hello, world!"
-
-
-def test_the_deploy_block_uploads_the_wrapper_alone(checkout: Checkout) -> None:
+def test_the_deploy_block_uploads_the_example_alone(checkout: Checkout, upstream: Upstream) -> None:
     checkout.run("cp .env.example .env")
-    deploy = block("bash", name="deploy")
     with checkout.serve("hayhooks run"):
-        checkout.run(deploy)
-        checkout.run(deploy)  # a second time, as after a change
-        ask_all(checkout)
-        with pytest.raises(subprocess.CalledProcessError) as refused:
-            checkout.run(deploy.replace(" --overwrite", ""))
-        [symptom] = re.findall(r"^\| `(Pipeline .+ already exists)`", README, re.MULTILINE)
-        assert symptom in " ".join(f"{refused.value.stdout} {refused.value.stderr}".split())
+        checkout.run(block("bash", name="deploy"))
+        checkout.run(block("bash", name="deploy"))  # a second time, as after a change
+        ask_all(checkout, upstream)
     pipelines = Path(checkout.environment["HOME"]) / "pipelines"
-    arrived = [path.relative_to(pipelines) for path in pipelines.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert arrived == [Path(NAME) / "pipeline_wrapper.py"]
-
-
-def test_the_workers_block_serves_from_every_worker(checkout: Checkout) -> None:
-    checkout.run("cp .env.example .env")
-    with checkout.serve(WORKERS):
-        wait_until(lambda: checkout.log.count("Application startup complete") == 2, "two workers")
-        url = f"http://127.0.0.1:{checkout.port}/v1/chat/completions"
-        body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
-        assert {httpx.post(url, json=body, timeout=60).status_code for _ in range(20)} == {200}
-        assert len(set(re.findall(r"Started server process \[\x1b\[36m(\d+)", checkout.log))) == 2
+    arrived = {str(path.relative_to(pipelines)) for path in pipelines.rglob("*.*") if path.suffix != ".pyc"}
+    production = {f"{NAME}/production/{path.name}" for path in (EXAMPLE / "production").glob("*.py")}
+    assert arrived == {f"{NAME}/pipeline_wrapper.py", *production}
 
 
 def dockerfile() -> dict[str, str]:
-    """Return the Dockerfile's instructions, of which each comes once."""
-    lines = block("dockerfile").splitlines()
-    instructions = dict(line.split(" ", 1) for line in lines)
-    assert len(instructions) == len(lines)
-    return instructions
+    """Return the Dockerfile's instructions, of which each comes once but COPY, whose last one counts."""
+    return dict(line.split(" ", 1) for line in block("dockerfile").splitlines())
 
 
-@pytest.mark.skipif(not HAYSTACK_3.exists(), reason="one environment of the two is enough: ./tests/run test runs it")
+@ONE_RUN_IS_ENOUGH
 def test_the_container_serves_the_example(upstream: Upstream, tmp_path: Path) -> None:
-    instructions = dockerfile()
     image, app = tmp_path / "image", tmp_path / "app"
     subprocess.run([sys.executable, "-m", "venv", image], check=True)
     environment = {"PATH": f"{image}/bin{os.pathsep}{os.environ['PATH']}", "HOME": "/nonexistent"}
     install = {**os.environ, **environment, "PIP_NO_COMPILE": "1", "VIRTUAL_ENV": str(image)}
     if uv := shutil.which("uv", path=sysconfig.get_path("scripts")):  # installs the same in a tenth of the time
         (image / "bin" / "pip").write_text(f'#!/bin/sh\nexec {shlex.quote(uv)} pip "$@"\n')
-    subprocess.run(["sh", "-euc", instructions["RUN"]], env=install, check=True)
-    copied, folder = instructions["COPY"].replace("/app", str(app)).split()
-    Path(folder).mkdir(parents=True)
-    shutil.copy(EXAMPLE / copied, folder)
+    subprocess.run(["sh", "-euc", dockerfile()["RUN"]], env=install, check=True)
+    for line in block("dockerfile").splitlines():
+        if line.startswith("COPY"):  # of a folder, Docker copies what is in it
+            source, folder = line.removeprefix("COPY ").replace("/app", str(app)).split()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if (EXAMPLE / source).is_dir():
+                copy_wrapper(EXAMPLE / source, Path(folder))
+            else:
+                shutil.copy(EXAMPLE / source, folder)
     port = free_port()
-    command = [part.replace("/app", str(app)) for part in json.loads(instructions["CMD"])]
-    command[0] = str(image / "bin" / command[0])
+    command = [part.replace("/app", str(app)) for part in json.loads(dockerfile()["CMD"])]
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": upstream.url, "HAYHOOKS_PORT": str(port)}
     url = f"http://127.0.0.1:{port}"
-    with running(command, f"{url}/status", cwd=app, env={**environment, **variables}):
-        body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    command[0] = str(image / "bin" / command[0])
+    with running(command, f"{url}/status/{NAME}", cwd=app, env={**environment, **variables}):
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": NAME, "messages": HI}, timeout=60).json()
     assert answer["choices"][0]["message"]["content"] == "Hello, world!"
 
 
@@ -201,49 +321,87 @@ def test_the_versions_of_the_container_are_in_the_ranges() -> None:
     assert not pinned
 
 
-def test_the_manifest_is_what_kubernetes_takes() -> None:
-    manifests = list(yaml.safe_load_all(block("yaml", name="kubernetes")))
-    assert [manifest["kind"] for manifest in manifests] == ["Deployment", "Service"]
-    for manifest in manifests:
-        validate_manifest(manifest, "1.30", strict=True)
-    pod = manifests[0]["spec"]["template"]["spec"]
-    variables = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
-    assert pod["terminationGracePeriodSeconds"] > int(variables["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"])
-    assert set(variables) <= set(VARIABLES)
-    assert manifests[1]["spec"]["selector"] == manifests[0]["spec"]["template"]["metadata"]["labels"]
+def test_the_pod_is_what_kubernetes_takes_and_gets_the_status_it_needs(chat: Chat) -> None:
+    pod = yaml.safe_load(block("yaml", name="kubernetes"))
+    labels: dict[str, Any] = {"labels": {"app": "chat"}}
+    template = {"metadata": labels, "spec": pod}
+    spec = {"selector": {"matchLabels": labels["labels"]}, "template": template}
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "chat"}, "spec": spec}
+    validate_manifest(deployment, "1.30", strict=True)
+    [container] = pod["containers"]
+    variables = {one["name"]: one.get("value") for one in container["env"]}
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > pause + int(variables["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"])
+    assert chat.http.get(container["readinessProbe"]["httpGet"]["path"]).status_code == 200
+    with hayhooks(wrapper=EXAMPLE) as without_key:  # so the deploy fails
+        client = Chat(without_key).http
+        assert client.get(container["readinessProbe"]["httpGet"]["path"]).status_code == 404
+        assert client.get(container["livenessProbe"]["httpGet"]["path"]).status_code == 200
 
 
-def test_the_app_of_ones_own_authenticates_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
-    (checkout.folder / "app.py").write_text(python_block("create_app"))
-    checkout.run(f"mkdir -p pipelines/{NAME}; cp pipeline_wrapper.py pipelines/{NAME}")
+def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
+    (checkout.folder / "app.py").write_text(block("python", name="app"))
+    copy_wrapper(EXAMPLE, checkout.folder / "pipelines" / NAME)
     checkout.environment.update(CLIENT_KEY="geheim", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
-    url = f"http://127.0.0.1:{checkout.port}"
-    client = httpx.Client(base_url=url, timeout=60)
-    body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    python = shlex.quote(sys.executable)
-    with subprocess.Popen(
-        ["sh", "-euc", f"exec {python} app.py"], cwd=checkout.folder, env=checkout.environment
-    ) as app:
-        try:
-            wait_until(lambda: answers(client), "the app")
-            assert client.post("/v1/chat/completions", json=body).status_code == 401
-            assert not upstream.received
-            headers = {"Authorization": "Bearer geheim"}
-            assert client.get("/v1/models", headers=headers).status_code == 200
-            assert client.post("/deploy_files", headers=headers, json={}).status_code == 404
-            upstream.reply = Reply(["token "] * 1000, pace=0.02)
-            with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
-                assert any(b"token " in content for content in response.iter_raw())
-            upstream.wait_until(lambda: upstream.received[0].over)
-            assert upstream.received[0].left
-        finally:
-            app.terminate()
+    body = {"model": NAME, "messages": HI, "stream": True}
+    with checkout.serve(f"{shlex.quote(sys.executable)} app.py", start=shlex.quote(sys.executable)):
+        client = httpx.Client(base_url=checkout.url, timeout=60)
+        assert client.post("/v1/chat/completions", json=body).status_code == 401
+        assert not upstream.received
+        client.headers["Authorization"] = "Bearer geheim"
+        assert client.get("/v1/models").status_code == 200
+        assert client.post("/deploy_files", json={}).status_code == 404
+        upstream.reply = Reply(status=404, error={"error": {"message": "No."}})
+        failed = client.post("/v1/chat/completions", json=body)
+        assert (failed.status_code, failed.headers["x-should-retry"]) == (424, "false")
+        assert failed.json()["error"]["message"] == failed.json()["detail"] == "The upstream refused the request."
+        upstream.reply = LONG
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(texts_of(events_of(response.iter_raw())))
+        upstream.wait_until(lambda: upstream.received[1].over)
+        assert upstream.received[1].left
 
 
-def answers(client: httpx.Client) -> bool:
+@pytest.mark.skipif(not shutil.which("nginx"), reason="there is no nginx here")
+def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstream, tmp_path: Path) -> None:
+    port, ours = free_port(), {"OPENAI_BASE_URL": upstream.url, "MAX_CONCURRENT_STREAMS": "1"}
+    with deployed(**ours) as one, deployed(**ours) as two, contextlib.ExitStack() as streams:
+        server = block("nginx").replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
+        server = re.sub("ssl_certificate.*", "", server)
+        for address, worker in (("10.0.0.1:1416", one), ("10.0.0.2:1416", two)):
+            server = server.replace(address, f"127.0.0.1:{worker.port}")
+        logs = "error_log stderr; access_log off; client_body_temp_path body; proxy_temp_path proxy;"
+        others = "fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;"
+        configuration = f"daemon off; pid nginx.pid; events {{}} http {{ {logs} {others} {server} }}"
+        (tmp_path / "nginx.conf").write_text(configuration.replace("error_log stderr; access_log", "access_log"))
+        command = ["nginx", "-p", str(tmp_path), "-e", "stderr", "-c", "nginx.conf"]
+        process = subprocess.Popen(command)
+        streams.callback(process.terminate)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        wait_until(lambda: status_of(client) == 401, "nginx")
+        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 200
+        client.headers["Authorization"] = "Bearer A-LONG-SECRET"
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/deploy_files").status_code == client.get("/docs").status_code == 404
+        upstream.reply = Reply(gated=True)
+        body = {"model": NAME, "messages": HI, "stream": True}
+        for _ in range(2):  # the second finds the first worker full, whichever it is
+            answer = streams.enter_context(client.stream("POST", "/v1/chat/completions", json=body))
+            assert answer.status_code == 200
+        refused = [client.post("/v1/chat/completions", json=body) for _ in range(5)]
+        assert {answer.json()["detail"] for answer in refused} == {"All streams are in use: try again."}
+        for _ in range(6):
+            upstream.release()
+        assert client.get("/v1/models").status_code == 200
+
+
+PREFLIGHT = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+
+
+def status_of(client: httpx.Client) -> int:
     with contextlib.suppress(httpx.ConnectError):
-        return client.get("/status").status_code == 200
-    return False
+        return client.get("/v1/models").status_code
+    return 0
 
 
 def test_the_commands_of_the_script_are_in_the_readmes() -> None:
@@ -252,221 +410,77 @@ def test_the_commands_of_the_script_are_in_the_readmes() -> None:
     assert set(named) == set(re.findall(r"\./tests/run (\w+)", usage))
 
 
-def test_without_a_key_the_deploy_says_what_troubleshooting_shows() -> None:
-    [symptom] = re.findall(r"^\| `(OPENAI_API_KEY [^`]+)` at the deploy", README, re.MULTILINE)
-    with hayhooks() as server, pytest.raises(DeployError) as refused:
-        server.deploy()
-    assert symptom in " ".join(str(refused.value).split())
-
-
-# The code
+# The plain version, and the tables
 
 
 def test_the_plain_version_is_printed_whole() -> None:
-    plain = (EXAMPLE / "tests" / "harness" / "plain_wrapper.py").read_text()
-    assert plain in [block.code for block in blocks()]
+    assert block("python", name="plain") == (EXAMPLE / "tests" / "harness" / "plain_wrapper.py").read_text()
 
 
 def test_without_the_argument_hayhooks_raises(upstream: Upstream, tmp_path: Path) -> None:
     argument = "            allow_sync_streaming_callbacks=True,\n"
-    code, strict = python_block("get_last_user_message"), tmp_path / "strict.py"
+    code, strict = block("python", name="plain"), tmp_path / "strict.py"
     assert argument in code
     strict.write_text(code.replace(argument, ""))
-    [error] = [block.code for block in blocks() if block.code.startswith("ValueError: ")]
-    sentence = error.removeprefix("ValueError: ").split(" …")[0]
+    [error] = [one.code for one in blocks() if one.code.startswith("ValueError: ")]
     with deployed(wrapper=strict, OPENAI_BASE_URL=upstream.url) as server:
-        assert sentence in Chat(server).post().text
+        assert error.removeprefix("ValueError: ").split(" …")[0] in Chat(server).post().text
 
 
-def test_a_default_system_prompt_and_temperature(upstream: Upstream, tmp_path: Path) -> None:
-    file = tmp_path / "defaults.py"
-    file.write_text(example_with(python_block("generation_kwargs={")))
-    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
-        Chat(server).post()
-        Chat(server).post([{"role": "system", "content": "Rhyme."}, *HI], temperature=1)
-    default, sent = (one.body for one in upstream.received)
-    assert (default["messages"][0]["content"], default["temperature"]) == ("Answer in one sentence.", 0.2)
-    assert (sent["messages"][0]["content"], sent["temperature"]) == ("Rhyme.", 1)
+def rows_below(heading: str) -> list[list[str]]:
+    """Return the cells of a table, which the beginning of its heading names."""
+    table = README[README.index(heading) :].split("\n\n", 1)[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
 
 
-def test_a_retriever_in_front_of_the_prompt(upstream: Upstream, tmp_path: Path) -> None:
-    file = tmp_path / "rag.py"
-    file.write_text(example_with(python_block("InMemoryBM25Retriever")))
-    question = "When is lunch?"
-    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
-        chat = Chat(server)
-        assert text_of(chat.events(question)) == "Hello, world!"
-        history = [
-            {"role": "user", "content": "When does the office open?"},
-            {"role": "assistant", "content": "The office opens at nine."},
-        ]
-        chat.post([*history, {"role": "user", "content": [{"type": "text", "text": question}]}])
-    first, second = (one.body["messages"][0]["content"] for one in upstream.received)
-    assert first == f"Lunch is at noon.\n\n{question}"
-    assert second.startswith("Lunch is at noon.")
+FAILURES = rows_below("| the upstream | status |")
 
 
-def test_two_components_stream_and_stop(upstream: Upstream, tmp_path: Path) -> None:
-    file = tmp_path / "two.py"
-    file.write_text(example_with(python_block('"second"')))
-    with deployed(wrapper=file, OPENAI_BASE_URL=upstream.url) as server:
-        chat = Chat(server)
-        assert sorted(texts_of(chat.events(temperature=0.5))) == sorted(["Hello", ", ", "world", "!"] * 2)
-        assert [one.body["temperature"] for one in upstream.received] == [0.5, 0.5]
-        upstream.forget()
-        upstream.reply = Reply([f"{number} " for number in range(10_000)], pace=0.02)
-        with chat.open() as events:
-            for _ in range(6):
-                next(texts_of(events))
-        upstream.wait_until(lambda: len(upstream.received) == 2 and all(one.over for one in upstream.received))
-        assert all(one.left for one in upstream.received)
-        # One that fails while the other has finished is a failure.
-        upstream.forget()
-        upstream.reply = lambda body: (
-            Reply() if len(upstream.received) % 2 else Reply(["x"] * 50, then="break", pace=0.01)
-        )
-        assert "error" in chat.events()[-1]
+@pytest.mark.parametrize("row", FAILURES, ids=[cause for cause, *_ in FAILURES])
+def test_a_failure_is_what_the_table_says(small: Chat, upstream: Upstream, row: list[str]) -> None:
+    cause, answered, told = row
+    sentence = "You asked too much."
+    detail = sentence if told == "the upstream's own sentence" else told.strip("`")
+    statuses = [int(status) for status in re.findall(r"\d{3}", cause)][: 1 if "other 4xx" in cause else None]
+    with contextlib.ExitStack() as stack:
+        if "OPENAI_TIMEOUT" in cause:
+            upstream.reply = Reply(tokens=[], role=False, then="stall")
+        elif "MAX_CONCURRENT_STREAMS" in cause:
+            upstream.reply = LONG
+            streams = [stack.enter_context(small.open()) for _ in range(8)]
+            assert all(map(next, streams))
+        else:
+            assert statuses or cause == "anything else"
+            statuses = statuses or [500]
+        for status in statuses or [200]:
+            if status != 200:
+                headers = {"Retry-After": "7"}
+                upstream.reply = Reply(status=status, error={"error": {"message": sentence}}, headers=headers)
+            for stream in (True, False):
+                failed = small.post(stream=stream)
+                assert failed.json() == {"detail": detail}
+                assert failed.status_code == (status if answered.startswith("the same") else int(answered[:3]))
+                waits = failed.headers.get("Retry-After")
+                assert waits == ("1" if "Retry-After: 1" in answered else "7" if "Retry-After" in answered else None)
+                assert failed.headers.get("x-should-retry") == ("false" if "x-should-retry" in answered else None)
 
 
-def test_azure_openai_generator_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
-    azure = tmp_path / "azure.py"
-    azure.write_text(example_with(python_block("AzureOpenAIGenerator")))
-    endpoint = upstream.url.removesuffix("/v1")
-    with deployed(wrapper=azure, OPENAI_BASE_URL=endpoint, OPENAI_MODEL="my-deployment") as server:
-        chat = Chat(server)
-        assert text_of(chat.events()) == "Hello, world!"
-        assert upstream.received[0].path == "/openai/deployments/my-deployment/chat/completions"
-        assert upstream.received[0].headers["api-key"] == KEY
-        upstream.reply = Reply(["token "] * 1000, pace=0.02)
-        with chat.open() as events:
-            next(texts_of(events))
-        upstream.wait_until(lambda: upstream.received[1].over)
-        assert upstream.received[1].left
-        upstream.reply = Reply(status=401, error={"error": {"message": "No."}})
-        assert chat.post(stream=True).json() == {"detail": "The upstream refused the server's credentials."}
-
-
-def test_a_component_of_ones_own_streams_and_stops(tmp_path: Path) -> None:
-    own, left = tmp_path / "own.py", tmp_path / "left"
-    code = python_block("class Speaker")
-    own.write_text(example_with(code))
-    with deployed(wrapper=own) as server:
-        spoken = Chat(server).events("one two three")
-        assert list(texts_of(spoken)) == ["one ", "two ", "three "]
-        assert finish_reasons(spoken) == []
-        [whole] = Chat(server).post("one two").json()["choices"]
-        assert (whole["message"]["content"], whole["finish_reason"]) == ("one two ", None)
-
-    loop, end = "for word in words:", "        return {"
-    assert loop in code
-    assert end in code
-
-    # The same with a failure, before the first word.
-    own.write_text(example_with(code.replace(loop, f"raise RuntimeError('my secret')\n        {loop}")))
-    with deployed(wrapper=own) as server:
-        for stream in (True, False):
-            failed = Chat(server).post("one two", stream=stream)
-            assert (failed.status_code, failed.json()) == (502, {"detail": "The answer could not be completed."})
-
-    # The same with a loop that does not end by itself, and leaves a file behind when it does.
-    endless = code.replace(loop, "for word in iter(lambda: words[0], None):")
-    own.write_text(example_with(endless.replace(end, f"        open({str(left)!r}, 'w').close()\n{end}")))
-    with deployed(wrapper=own) as server:
-        with Chat(server).open("word") as events:
-            next(texts_of(events))
-        wait_until(left.exists, "the component to stop")
-
-
-def test_a_pipeline_from_yaml_takes_its_place(upstream: Upstream, tmp_path: Path) -> None:
-    (tmp_path / "pipeline_wrapper.py").write_text(example_with(python_block("AsyncPipeline.loads")))
-    definition = block("yaml", name="pipeline").replace(
-        "model: gpt-5-mini", f"model: gpt-5-mini\n      api_base_url: {upstream.url}"
-    )
-    (tmp_path / "pipeline.yml").write_text(definition)
-    with deployed(wrapper=tmp_path) as server:
-        chat = Chat(server)
-        assert text_of(chat.events([{"role": "system", "content": "Be brief."}, *HI])) == "Hello, world!"
-        assert upstream.received[0].body["messages"] == [{"role": "system", "content": "Be brief."}, *HI]
-        upstream.reply = Reply(["token "] * 1000, pace=0.02)
-        with chat.open() as events:
-            next(texts_of(events))
-        upstream.wait_until(lambda: upstream.received[1].over)
-        assert upstream.received[1].left
-        upstream.reply = Reply(then="break")
-        assert "error" in chat.events()[-1]
-
-
-HI = [{"role": "user", "content": "Hi"}]
-
-
-# The move to Haystack 3
-
-needs_haystack_3 = pytest.mark.skipif(
-    not HAYSTACK_3.exists(), reason="Haystack 3 is missing: ./tests/run test brings it"
-)
-
-
-def listing(haystack: int) -> str:
-    """Return the listing for a release of Haystack; the second step is the comment of one line."""
-    code = python_block("OpenAIChatGenerator")
-    [(line, second)] = re.findall(r"^(.*  # step 2: (.*))$", code, re.MULTILINE)
-    return code.replace(line, second) if haystack == 3 else code
-
-
-def on(haystack: int) -> str:
-    """Return a path that has this release before the installed one."""
-    return str(HAYSTACK_3) if haystack == 3 else ""
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=needs_haystack_3)])
-def step(
-    request: pytest.FixtureRequest, shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[int, Chat]]:
-    """A client of the listing, and the release of Haystack that it runs on."""
-    file = tmp_path_factory.mktemp("step") / "step.py"
-    file.write_text(listing(request.param))
-    with deployed(wrapper=file, OPENAI_BASE_URL=shared_upstream.url, PYTHONPATH=on(request.param)) as server:
-        yield request.param, Chat(server, done=False)
-
-
-def test_a_step_streams_a_conversation(step: tuple[int, Chat], upstream: Upstream) -> None:
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "{{ 7*7 }}"},
-        {"role": "assistant", "content": "49"},
-        {"role": "user", "content": "And 8*8?"},
-    ]
-    upstream.reply = Reply(tokens=["one", "two"], gated=True)
-    upstream.release()
-    with step[1].open(conversation) as events:
-        tokens = texts_of(events)
-        for token in ("one", "two"):
-            assert next(tokens) == token
-            upstream.release()
-    assert upstream.received[0].body["messages"] == conversation
-
-
-def test_a_client_that_leaves_stops_the_upstream_from_step_2_on(step: tuple[int, Chat], upstream: Upstream) -> None:
-    haystack, chat = step
-    upstream.reply = Reply(tokens=["token "] * 50, pace=0.05)
-    with chat.open() as events:
-        next(texts_of(events))
-    upstream.wait_until(lambda: upstream.received[0].over)
-    assert upstream.received[0].left == (haystack == 3)
-
-
-# The tables
+def test_a_failing_stream_ends_as_printed(chat: Chat, upstream: Upstream) -> None:
+    [failure] = [one.code for one in blocks() if one.code.startswith('data: {"error"')]
+    upstream.reply = Reply(then="break")
+    with chat.http.stream("POST", "/v1/chat/completions", json=chat.request(stream=True)) as response:
+        assert response.read().decode().strip().endswith(failure.strip())
 
 
 VARIABLES = {
     name: default
-    for names, default in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| (.+?) \|", README, re.MULTILINE)
-    for name in re.findall("[A-Z_]{2,}", names)
+    for names, defaults in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| (.+?) \|", README, re.MULTILINE)
+    for name, default in zip(re.findall("[A-Z_]{2,}", names), defaults.split(", "), strict=True)
 }
 
 
-def test_the_variables_are_those_of_the_code() -> None:
-    fields = load_wrapper().Settings.model_fields
+def test_the_variables_are_those_of_the_code(wrapper_module: Any) -> None:
+    fields = wrapper_module.Settings.model_fields
     example = dict(re.findall(r"^(\w+)=(.*)$", (EXAMPLE / ".env.example").read_text(), re.MULTILINE))
     ours = {name: default for name, default in VARIABLES.items() if not name.startswith("HAYHOOKS")}
     assert set(ours) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
@@ -478,118 +492,19 @@ def test_the_variables_are_those_of_the_code() -> None:
 
 def test_hayhooks_variables_have_the_defaults_that_are_printed() -> None:
     settings = AppSettings(_env_file=None)
-    printed = {name: default for name, default in VARIABLES.items() if name.startswith("HAYHOOKS")}
-    assert printed.pop("HAYHOOKS_HOST") == f"`{settings.host}`, `{settings.port}`" == printed.pop("HAYHOOKS_PORT")
-    assert printed.pop("HAYHOOKS_PIPELINES_DIR") == "`./pipelines`"
-    assert settings.pipelines_dir == str(Path.cwd() / "pipelines")
-    assert printed.pop("HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT") == f"`{settings.graceful_shutdown_timeout}`"
-    assert printed.pop("HAYHOOKS_CORS_ALLOW_ORIGINS") == f"`{json.dumps(settings.cors_allow_origins)}`"
-    assert not printed
-
-
-def test_the_forwarded_fields_are_those_of_the_code() -> None:
-    [row] = [line for line in README.splitlines() if "| forwarded unless null" in line]
-    assert tuple(re.findall("`(\\w+)`", row.split("|")[1])) == load_wrapper().PARAMETERS
-
-
-def rows_below(heading: str) -> list[list[str]]:
-    """Return the cells of a table, which the beginning of its heading names."""
-    table = README[README.index(heading) :].split("\n\n", 1)[0].splitlines()
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
-
-
-def test_the_costs_are_those_of_the_benchmark() -> None:
-    report = (EXAMPLE / "tests" / "benchmark.md").read_text()
-    first, chunks, servers = report.split("| --- |")[1:]
-
-    def row(table: str, name: str) -> list[str]:
-        [cells] = re.findall(rf"^\| {name} \| (.+) \|$", table, re.MULTILINE)
-        return [str(cell.split(" / ")[-1].strip()) for cell in cells.split("|")]
-
-    def seconds(streams: int) -> list[str]:
-        return [
-            f"{int(cell.removesuffix(' ms').replace(',', '')) / 1000:.1f} s" for cell in row(first, str(streams))[1:]
-        ]
-
-    per_server = [row(servers, name) for name in ("the plain version", "this example", "the async way")]
-    assert [cells[1:] for cells in rows_below("| | plain version | this example | async way |")] == [
-        seconds(100),
-        seconds(300),
-        row(chunks, "100")[1:],
-        [cells[2] for cells in per_server],
-        [cells[1] for cells in per_server],
-    ]
-    for version in re.findall(r"[a-z-]+ \d+\.\d+\.\d+", report.split("\n\n")[1]):
-        assert version in README
-
-
-FAILURES = rows_below("| the upstream | status |")
-
-
-@pytest.mark.parametrize("row", FAILURES, ids=[cause for cause, *_ in FAILURES])
-def test_a_failure_is_what_the_table_says(small: Chat, upstream: Upstream, row: list[str]) -> None:
-    cause, answered, told = row
-    sentence = "You asked too much."
-    detail = sentence if told == "the upstream's own sentence" else told.strip("`")
-    statuses = [int(status) for status in re.findall(r"\d{3}", cause)]
-    with contextlib.ExitStack() as stack:
-        if "OPENAI_TIMEOUT" in cause:
-            upstream.reply = Reply(tokens=[], role=False, then="stall")
-        elif "MAX_CONCURRENT_STREAMS" in cause:
-            upstream.reply = Reply(gated=True)
-            streams = [stack.enter_context(small.open()) for _ in range(8)]
-            assert all(map(next, streams))
-        else:
-            assert statuses or cause == "all else"
-            statuses = statuses or [500]
-        for status in statuses or [200]:
-            if status != 200:
-                upstream.reply = failing = Reply(status=status, error={"error": {"message": sentence}})
-                failing.headers["Retry-After"] = "7"
-            for stream in (True, False):
-                failed = small.post(stream=stream)
-                assert failed.json() == {"detail": detail}
-                assert failed.status_code == (status if answered.startswith("the same") else int(answered[:3]))
-                waits = failed.headers.get("Retry-After")
-                assert waits == ("1" if "Retry-After: 1" in answered else "7" if "Retry-After" in answered else None)
-
-
-def test_an_answer_has_the_fields_that_are_printed(chat: Chat, upstream: Upstream) -> None:
-    [event] = [block.code for block in blocks() if block.code.startswith('data: {"id"')]
-    printed = json.loads(event.removeprefix("data: "))
-    [sent] = [event for event in chat.events() if text_of([event]) == "Hello"]
-    assert {**printed, "id": sent["id"], "created": sent["created"]} == sent
-    [completion] = [block.code for block in blocks() if block.code.startswith('{"id"')]
-    printed, whole = json.loads(completion), chat.post().json()
-    assert {**printed, "id": whole["id"], "created": whole["created"]} == without_nulls(whole)
-    [failure] = [block.code for block in blocks() if block.code.startswith('data: {"error"')]
-    upstream.reply = Reply(then="break")
-    assert chat.events()[-1] == json.loads(failure.removeprefix("data: "))
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, list):
-        return [without_nulls(one) for one in value]
-    if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return value
-
-
-def test_nginx_passes_only_what_clients_need(chat: Chat) -> None:
-    [passed] = re.findall(r"location ~ (\S+) \{", block("nginx"))
-    paths = chat.http.get("/openapi.json").json()["paths"]
-    assert {path for path in paths if re.search(passed, path)} == {
-        "/v1/chat/completions",
-        "/v1/models",
-        f"/{NAME}/run",
-        "/status",
+    printed = {name: default.strip("`") for name, default in VARIABLES.items() if name.startswith("HAYHOOKS")}
+    assert printed == {
+        "HAYHOOKS_HOST": settings.host,
+        "HAYHOOKS_PORT": str(settings.port),
+        "HAYHOOKS_PIPELINES_DIR": f"./{Path(settings.pipelines_dir).relative_to(Path.cwd())}",
+        "HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT": str(settings.graceful_shutdown_timeout),
     }
 
 
-def test_the_unit_starts_hayhooks(checkout: Checkout) -> None:
-    [(run, options)] = re.findall(r"ExecStart=/opt/hayhooks/bin/(.+) --host 10.0.0.1 (.+)", block("ini"))
-    with checkout.serve(f"{run} {options}".replace("/opt/", f"{checkout.folder}/")):
-        assert httpx.get(f"http://127.0.0.1:{checkout.port}/status").status_code == 200
+def test_the_forwarded_fields_are_those_of_the_code(wrapper_module: Any) -> None:
+    [row] = [line for line in README.splitlines() if "| forwarded unless null" in line]
+    request = sys.modules[wrapper_module.parse_parameters.__module__]
+    assert tuple(re.findall("`(\\w+)`", row.split("|")[1])) == request.PARAMETERS
 
 
 def test_the_last_line_is_the_licence() -> None:
