@@ -5,6 +5,7 @@ Run as a program it listens on the given port: a prompt says which reply it want
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import threading
@@ -147,9 +148,14 @@ class Upstream:
 
         asyncio.run_coroutine_threadsafe(release(), self.loop).result()
 
-    async def is_released(self, number: int) -> None:
+    async def is_released(self, number: int, reply: Reply, send: Any) -> None:
+        """Wait, with comments of SSE so that nobody takes it for a stall, as a busy machine can be slow to release."""
         async with self.gate:
-            await self.gate.wait_for(lambda: self.released >= number)
+            while self.released < number:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.gate.wait(), 0.3)
+                if reply.wire_format is openai:
+                    await send(body(b": waiting\n\n"))
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 30) -> None:
         """Block until the condition holds; raise TimeoutError after `timeout` seconds."""
@@ -221,13 +227,13 @@ class Upstream:
         begin, number = self.loop.time(), 0
         for number, piece in enumerate(script.tokens, start=1):
             if reply.gated:
-                await self.is_released(number)
+                await self.is_released(number, reply, send)
             elif reply.pace:
                 await asyncio.sleep(begin + number * reply.pace - self.loop.time())
             await send(body(piece))
             self.note(received, sent=number)
         if reply.gated:
-            await self.is_released(number + 1)
+            await self.is_released(number + 1, reply, send)
         if reply.then in ("end", "error"):
             for piece in script.after:
                 await send(body(piece))
