@@ -23,7 +23,7 @@ from types import FrameType
 
 from dotenv import dotenv_values
 from harness.local_model import MODEL, local_model
-from harness.serving import EXAMPLE, NAME, DeployError, Server, free_port, hayhooks
+from harness.serving import EXAMPLE, NAME, DeployError, Server, free_port, serving
 
 # What a model of this size answers well; bare arithmetic, for one, is beyond it.
 QUESTIONS = [
@@ -150,6 +150,7 @@ def serve(options: argparse.Namespace, running: contextlib.ExitStack) -> None:
     known = {**dotenv_values(EXAMPLE / ".env"), **os.environ}
     names = ("OPENAI_", "MAX_CONCURRENT_STREAMS")
     settings = {name: value for name, value in known.items() if value and name.startswith(names)}
+    others = {name: value for name, value in os.environ.items() if not name.startswith((*names, "HAYHOOKS_"))}
     local = "OPENAI_API_KEY" not in settings
     if local:
         print(f"No OPENAI_API_KEY, so {MODEL} answers, on this machine.", flush=True)
@@ -161,9 +162,10 @@ def serve(options: argparse.Namespace, running: contextlib.ExitStack) -> None:
     print("Starting Hayhooks, and deploying the example to it ...", flush=True)
     flags = ["--with-chainlit"] if options.chat else []
     # Streams that are open when it stops would hold it for five seconds.
-    server = running.enter_context(hayhooks(*flags, HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT="1", **settings))
+    settings["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"] = "1"
+    server = running.enter_context(serving({**others, **settings}, *flags, command="run"))
     running.callback(end_soon, server.process)
-    server.deploy(EXAMPLE / "pipeline_wrapper.py")
+    server.deploy(EXAMPLE)
     ask(server, QUESTIONS[0])
     if not options.once:
         print_commands(server, options.chat, local)
@@ -177,7 +179,7 @@ def ignore_signals() -> None:
 
 def stop(number: int, frame: FrameType | None) -> None:
     ignore_signals()  # a second one would leave behind what the first one ends
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(128 + number)  # the status that a shell gives a command which a signal has ended
 
 
 def main() -> None:
@@ -191,9 +193,10 @@ def main() -> None:
     with contextlib.ExitStack() as running:
         try:
             serve(options, running)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("\nStopping ...", flush=True)
+            sys.exit(*stopped.args)
         except DeployError as error:
             sys.exit(refusal(str(error)))
         except RuntimeError as error:

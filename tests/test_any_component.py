@@ -1,7 +1,10 @@
 """`stoppable` and `openai_response` work for any component, without OpenAI and without its knowledge."""
 
 import asyncio
+import gc
 import shutil
+import threading
+import weakref
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +12,10 @@ from typing import Any
 
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.serving import EXAMPLE, hayhooks, load_wrapper, wait_until
-from haystack import AsyncPipeline, component
+from harness.elsewhere import ONE_RUN_IS_ENOUGH, served_from
+from harness.serving import EXAMPLE, NAME, hayhooks, wait_until
+from hayhooks import async_streaming_generator
+from haystack import AsyncPipeline, Pipeline, component
 from haystack.dataclasses import StreamingChunk
 from packaging.version import Version
 
@@ -41,11 +46,17 @@ class Own(Chat):
         wait_until(lambda: not self.runs(), "every run to end")
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
+ON_HAYSTACK_3 = [pytest.param((speaker, "haystack_3"), marks=ONE_RUN_IS_ENOUGH) for speaker in ("sync", "async")]
+
+
+@pytest.fixture(scope="module", params=[("sync", ""), ("async", ""), *ON_HAYSTACK_3])
 def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    speaker, environment = request.param
     wrapper, marks = own(tmp_path_factory.mktemp("own")), tmp_path_factory.mktemp("marks")
-    variables = {"SPEAKER": request.param, "MARKS": str(marks), "MAX_CONCURRENT_STREAMS": "1"}
-    with hayhooks(wrapper=wrapper, **variables) as server:  # without any OpenAI variable
+    variables = {"SPEAKER": speaker, "MARKS": str(marks), "MAX_CONCURRENT_STREAMS": "1"}  # and none of OpenAI's
+    files = {NAME: {"pipeline_wrapper.py": (wrapper / "pipeline_wrapper.py").read_text()}}
+    serving = served_from(environment, files, **variables) if environment else hayhooks(wrapper=wrapper, **variables)
+    with serving as server:
         chat = Own(server)
         chat.marks = marks
         yield chat
@@ -132,13 +143,11 @@ def test_a_pipeline_that_does_not_stream_is_a_bad_gateway(chat: Own, how: str, s
 
 
 def test_what_hayhooks_callbacks_add_arrives(chat: Own) -> None:
-    assert text_of_any(chat.events("tool one two")) == "[clock] one two (end)"
+    events = chat.events("tool one two")
+    assert [event["event"] for event in events if "event" in event] == [{"type": "status", "data": {"tool": "clock"}}]
+    assert text_of(events) == "[clock] one two (end)"
+    assert finish_reasons(events) == ["stop"]
     assert chat.post("tool one two").json()["choices"][0]["message"]["content"] == "[clock] one two (end)"
-
-
-def text_of_any(events: list[dict[str, Any]]) -> str:
-    """Return the text of a stream that also has events of Hayhooks' own, with their nulls."""
-    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
 
 
 def test_a_method_gets_the_headers_of_the_request(chat: Own) -> None:
@@ -172,8 +181,12 @@ def test_a_client_that_reads_no_more_ends_it_even_if_it_catches_exceptions(tmp_p
 
 @component
 class Words:
+    def __init__(self) -> None:
+        self.runs = 0
+
     @component.output_types(words=list[str])
     def run(self, words: list[str], streaming_callback: Any = None) -> dict[str, Any]:
+        self.runs += 1
         for word in words:
             if streaming_callback:
                 streaming_callback(StreamingChunk(word))
@@ -188,8 +201,8 @@ class Mute:
 
 
 @pytest.fixture
-def stoppable() -> Any:
-    return load_wrapper().stoppable
+def stoppable(wrapper_module: Any) -> Any:
+    return wrapper_module.stoppable
 
 
 @pytest.mark.parametrize("mute", [Mute(), object()])
@@ -227,3 +240,139 @@ def test_what_replaces_run_is_called(stoppable: Any, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(Words, "run", traced)
     words.run(words=["one"])
     assert seen == [{"words": ["one"]}]
+
+
+class Closable:
+    """What a component may have in a local variable; a stream is closed when the client leaves, and nothing else is."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Stream(Closable):
+    def __iter__(self) -> Iterator[str]:
+        yield from ["word"] * 1000
+
+
+class Log(Stream):
+    def write(self, text: str) -> None:
+        pass
+
+
+class Cache(Stream):
+    def __len__(self) -> int:
+        return 1000
+
+
+@component
+class Reader:
+    """Reads a stream that is in a reference cycle, as some SDKs keep theirs."""
+
+    def __init__(self) -> None:
+        self.others = Closable(), Log(), Cache()
+        self.streams: list[weakref.ref[Stream]] = []
+
+    @component.output_types(words=list[str])
+    def run(self, streaming_callback: Any = None) -> dict[str, Any]:
+        connection, log, cache = self.others  # noqa: RUF059
+        self.streams.append(weakref.ref(stream := Stream()))
+        for word in stream:
+            streaming_callback(StreamingChunk(word))
+        return {"words": []}
+
+
+@component
+class Shouter:
+    """Changes the chunks of another component."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    @component.output_types(words=list[str])
+    def run(self, streaming_callback: Any = None) -> dict[str, Any]:
+        def shout(chunk: StreamingChunk) -> None:
+            streaming_callback(StreamingChunk(chunk.content.upper()))
+
+        return self.inner.run(words=["one", "two"], streaming_callback=shout)
+
+
+@component
+class Gate:
+    """Comes before a component that streams, and takes its time."""
+
+    def __init__(self) -> None:
+        self.is_reached, self.is_open = threading.Event(), threading.Event()
+
+    @component.output_types(words=list[str])
+    def run(self, words: list[str]) -> dict[str, Any]:
+        self.is_reached.set()
+        self.is_open.wait()
+        return {"words": words}
+
+
+async def answer_of(wrapper_module: Any, component: Any) -> Any:
+    """Return the chunks of a pipeline with this component alone, as Python code gets them."""
+    pipeline = AsyncPipeline()
+    pipeline.add_component("one", wrapper_module.stoppable(component))
+    return await chunks_of(wrapper_module, pipeline, {"one": {}})
+
+
+async def chunks_of(wrapper_module: Any, pipeline: Any, inputs: dict[str, Any]) -> Any:
+    @wrapper_module.openai_response  # type: ignore[untyped-decorator]
+    async def chat(self: Any, model: str, messages: Any, body: dict[str, Any]) -> Any:
+        return async_streaming_generator(
+            pipeline=pipeline, pipeline_run_args=inputs, allow_sync_streaming_callbacks=True
+        )
+
+    return await chat(None, "", [], {})
+
+
+def test_only_streams_are_closed_and_nothing_keeps_them(wrapper_module: Any) -> None:
+    reader = Reader()
+
+    async def ask_and_leave() -> None:
+        chunks = await answer_of(wrapper_module, reader)
+        await anext(chunks)
+        await chunks.aclose()
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(ask_and_leave())
+        assert [stream() for stream in reader.streams] == [None]
+    finally:
+        gc.enable()
+    assert not any(other.is_closed for other in reader.others)
+
+
+def test_a_component_within_a_component_waits_once(wrapper_module: Any) -> None:
+    async def ask() -> list[str]:
+        return [
+            chunk.content async for chunk in await answer_of(wrapper_module, Shouter(wrapper_module.stoppable(Words())))
+        ]
+
+    assert asyncio.run(ask()) == ["ONE", "TWO", ""]
+
+
+def test_a_component_does_not_start_after_the_client_has_left(wrapper_module: Any) -> None:
+    """A sync pipeline runs on in its thread."""
+    gate, words, pipeline = Gate(), Words(), Pipeline()
+    pipeline.add_component("gate", gate)
+    pipeline.add_component("words", wrapper_module.stoppable(words))
+    pipeline.connect("gate.words", "words.words")
+
+    async def ask_and_leave() -> None:
+        chunks = await chunks_of(wrapper_module, pipeline, {"gate": {"words": ["one"]}})
+        reading = asyncio.create_task(anext(chunks))
+        await asyncio.to_thread(gate.is_reached.wait)
+        reading.cancel()
+        await asyncio.wait([reading])
+        gate.is_open.set()
+
+    asyncio.run(ask_and_leave())  # until the threads have ended
+    assert not words.runs

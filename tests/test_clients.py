@@ -1,9 +1,9 @@
 """Real answers read by clients that others wrote: they see what they would see of OpenAI."""
 
+import fcntl
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import openai
 import pytest
 from harness.client import Chat
+from harness.environments import CACHE, CALLERS
 from harness.serving import NAME, Server
 from harness.upstream import USAGE, Reply, Upstream
 from pydantic import BaseModel
 
 TEXT, TOKENS = "Hello, world!", USAGE["total_tokens"]
-BUSY, BROKE_OFF = "The upstream is busy: try again later.", "The answer could not be completed."
+BUSY, BROKE_OFF = "The upstream is busy, or its quota is used up.", "The answer could not be completed."
 SCENARIOS = {
     "whole": Reply(),
     "busy": Reply(status=429, error={"error": {"message": "Slow down."}}, headers={"Retry-After": "1"}),
@@ -31,11 +32,8 @@ def scenario(body: dict[str, Any]) -> Reply:
 
 # In Node
 
-NODE = Path(sys.prefix) / "node"
-needs_node = pytest.mark.skipif(
-    not (shutil.which("node") and (NODE / "node_modules").exists()),
-    reason="Node or its packages are missing: ./tests/run test installs the packages where there is Node",
-)
+HARNESS = Path(__file__).with_name("harness")
+INSTALL = "npm install --prefer-offline --fetch-retries 1 --no-package-lock --no-audit --no-fund --ignore-scripts"
 CLIENTS = [
     "openai create",
     "openai whole",
@@ -49,31 +47,47 @@ CLIENTS = [
 
 
 @pytest.fixture(scope="module")
-def made(server: Server, shared_upstream: Upstream) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+def packages() -> Path:
+    """The folder with the packages of package.json, which are installed where that has not been done."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("there is no Node, or no npm")
+    folder = CACHE / "node"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "node.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.copy(HARNESS / "package.json", folder)
+        for _ in range(2):
+            try:
+                subprocess.run(INSTALL.split(), cwd=folder, env=CALLERS, capture_output=True, check=True, timeout=100)
+                return folder
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                reason = f"npm cannot install the packages: {error.stderr or error!r}"
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def made(packages: Path, server: Server, shared_upstream: Upstream) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
     """What each client made of each scenario, and how often the upstream was asked for it."""
     shared_upstream.forget()
     shared_upstream.reply = scenario
-    script = NODE / "clients.mjs"  # Node looks for packages beside the script
-    shutil.copy(Path(__file__).with_name("harness") / script.name, script)
+    script = packages / "clients.mjs"  # Node looks for packages beside the script
+    shutil.copy(HARNESS / script.name, script)
     command = ["node", str(script), f"{server.url}/v1", NAME, *SCENARIOS]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     asked = Counter(one.body["messages"][-1]["content"] for one in shared_upstream.received)
     return json.loads(done.stdout), asked
 
 
-@needs_node
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_whole_answer_with_usage(made: tuple[dict[str, dict[str, Any]], Counter[str]], client: str) -> None:
     assert made[0][f"{client}: whole"] == {"text": TEXT, "finish": "stop", "tokens": TOKENS}
 
 
-@needs_node
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_failure_before_the_first_chunk(made: tuple[dict[str, dict[str, Any]], Counter[str]], client: str) -> None:
     assert list(made[0][f"{client}: busy"]) == ["error"]
 
 
-@needs_node
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_failure_in_the_middle(made: tuple[dict[str, dict[str, Any]], Counter[str]], client: str) -> None:
     assert list(made[0][f"{client}: cut"]) == ["error"]
@@ -81,7 +95,6 @@ def test_a_failure_in_the_middle(made: tuple[dict[str, dict[str, Any]], Counter[
         assert BROKE_OFF in made[0][f"{client}: cut"]["error"]
 
 
-@needs_node
 @pytest.mark.parametrize("client", CLIENTS)
 def test_the_upstream_is_asked_once(made: tuple[dict[str, dict[str, Any]], Counter[str]], client: str) -> None:
     assert [made[1][f"{client}: {name}"] for name in SCENARIOS] == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""`./tests/run` says what is missing or failed, survives an interruption, and leaves nothing behind."""
+"""`./tests/run` says what is missing or failed, survives an interruption, and installs once; so does the demo speak."""
 
 import contextlib
 import os
@@ -18,11 +18,9 @@ RUN = str(EXAMPLE / "tests" / "run")
 OLD = 'case "$*" in -V) echo Python 3.9.18 ;; *) exit 1 ;; esac'
 WITHOUT_VENV = 'case "$*" in *ensurepip*) exit 1 ;; esac'
 
-# An interpreter whose environments hold a stub uv: it notes its call, and goes on when $GATE, a named pipe, is opened.
+# An interpreter whose environments hold a stub uv: with $GATE, a named pipe, it says there that it runs, and waits.
 UV = """#!/bin/sh
-echo "Resolved 1 package"
-echo called >>"$CALLS"
-[ -z "${GATE:-}" ] || : >"$GATE"
+[ ! -p "$GATE" ] || { echo "runs" >"$GATE" && : >"$GATE.open"; }
 """
 IN_ENVIRONMENT = """#!/bin/sh
 case "$*" in
@@ -67,27 +65,29 @@ def test_without_an_index_the_packages_could_not_be_fetched(tmp_path: Path) -> N
 
 
 def test_an_interrupted_installation_is_made_again(stubs: dict[str, str]) -> None:
-    with started(RUN, "demo", **stubs, GATE=gate_of(stubs)) as first:
-        read_until(first, "Resolved")
+    make_gate(stubs)
+    with started(RUN, "demo", **stubs) as first:
+        assert Path(stubs["GATE"]).read_text() == "runs\n"
         os.killpg(first.pid, signal.SIGINT)
-        assert rest_of(first) == "Stopped.\n"
+        assert rest_of(first).splitlines()[-1] == "Stopped."
+    assert first.returncode == 130
+    os.unlink(stubs["GATE"])
     with started(RUN, "demo", **stubs) as second:
         assert "Installing into" in read_until(second, "the demo runs")
     with started(RUN, "demo", **stubs) as third:
-        assert "Installing into" not in read_until(third, "the demo runs")
+        assert rest_of(third) == "the demo runs\n"
 
 
 def test_two_starts_at_once_install_once(stubs: dict[str, str]) -> None:
-    gate = gate_of(stubs)
-    with started(RUN, "demo", **stubs, GATE=gate) as first:
-        read_until(first, "Resolved")
-        with started(RUN, "demo", **stubs, GATE=gate) as second:
-            read_until(second, "Another start is installing it")
-            for _ in range(2):  # requirements, then weights
-                Path(gate).read_bytes()
+    make_gate(stubs)
+    with started(RUN, "demo", **stubs) as first:
+        assert Path(stubs["GATE"]).read_text() == "runs\n"
+        with started(RUN, "demo", **stubs) as second:
+            read_until(second, "Another start is installing")
+            os.unlink(stubs["GATE"])
+            Path(stubs["GATE"] + ".open").read_bytes()
             assert rest_of(second) == "the demo runs\n"
         read_until(first, "the demo runs")
-    assert Path(stubs["CALLS"]).read_text().split() == ["called", "called"]
 
 
 def test_a_taken_port_is_left_alone(upstream: Upstream, tmp_path: Path) -> None:
@@ -159,14 +159,13 @@ def stubs(tmp_path: Path) -> dict[str, str]:
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     cache = tmp_path / "Käche mit Blank"
-    folders = {"STUBS": tmp_path, "CALLS": tmp_path / "calls", "XDG_CACHE_HOME": cache, "PYTHON": tmp_path / "python"}
+    folders = {"STUBS": tmp_path, "GATE": tmp_path / "gate", "XDG_CACHE_HOME": cache, "PYTHON": tmp_path / "python"}
     return {name: str(path) for name, path in folders.items()}
 
 
-def gate_of(stubs: dict[str, str]) -> str:
-    gate = f"{stubs['STUBS']}/gate"
-    os.mkfifo(gate)
-    return gate
+def make_gate(stubs: dict[str, str]) -> None:
+    for name in (stubs["GATE"], stubs["GATE"] + ".open"):
+        os.mkfifo(name)
 
 
 def demo(*options: str, **variables: str) -> contextlib.AbstractContextManager["subprocess.Popen[str]"]:

@@ -23,7 +23,7 @@ DEMO = [sys.executable, "-B", str(EXAMPLE / "tests" / "demo.py")]
 @pytest.fixture(scope="module")
 def model() -> Iterator[Chat]:
     with local_model() as url, hayhooks(OPENAI_API_KEY="none", OPENAI_BASE_URL=url, OPENAI_MODEL=MODEL) as server:
-        server.deploy(EXAMPLE / "pipeline_wrapper.py")
+        server.deploy(EXAMPLE)
         yield Chat(server)
 
 

@@ -92,7 +92,7 @@ def test_the_finish_reason_is_the_upstreams(chat: Chat, upstream: Upstream, reas
 
 
 def test_the_last_finish_reason_comes_after_the_last_text(chat: Chat, upstream: Upstream) -> None:
-    choices = [
+    choices: list[dict[str, Any]] = [
         {"delta": {"content": "Let me see. "}, "finish_reason": "tool_calls"},
         {"delta": {"content": "Hello"}, "finish_reason": None},
         {"delta": {}, "finish_reason": "length"},

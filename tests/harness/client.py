@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 
-from harness.serving import NAME, Server, wait_until
+from harness.serving import NAME, PATIENCE, Server, wait_until
 
 
 class Chat:
@@ -16,7 +16,7 @@ class Chat:
 
     def __init__(self, server: Server, done: bool = True) -> None:
         self.server, self.done = server, done
-        self.http = httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None))
+        self.http = httpx.Client(base_url=server.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=None))
         self.sdk = openai.OpenAI(api_key="unused", base_url=f"{server.url}/v1", max_retries=0)
 
     def request(self, messages: Any = "Hi", **body: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.serving import NAME
 
+CALLERS = dict(os.environ)  # what installers need of it, which tests of other wrappers do without
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
 
 
@@ -34,7 +35,7 @@ def uv(*arguments: str) -> None:
     """Run uv; raises InstallError with the last line of what it said."""
     command = [f"{sysconfig.get_path('scripts')}/uv", "--quiet", *arguments]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, env=CALLERS, check=True, capture_output=True, text=True)
     except FileNotFoundError:
         raise InstallError("there is no uv in this environment") from None
     except subprocess.CalledProcessError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from hayhooks import AsyncPipeline, BasePipelineWrapper, async_streaming_generator
+from hayhooks.events import PipelineEvent
 from haystack import component
 from haystack.dataclasses import StreamingChunk, ToolCallDelta
 from starlette.datastructures import Headers
@@ -115,7 +116,7 @@ class AsyncSpeaker:
                 said.append(chunk.content)
                 try:
                     if streaming_callback:
-                        await streaming_callback(chunk)  # type: ignore[func-returns-value]
+                        await streaming_callback(chunk)  # type: ignore[misc]
                     await asyncio.sleep(0.01)
                 except Exception:
                     if not prompt.startswith("stubborn"):
@@ -129,13 +130,13 @@ class PipelineWrapper(BasePipelineWrapper):
         speaker = AsyncSpeaker() if os.environ["SPEAKER"] == "async" else Speaker()
         self.pipeline.add_component("speaker", stoppable(stoppable(speaker)))  # twice is harmless
 
-    @openai_response
+    @openai_response  # type: ignore[untyped-decorator]
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any], headers: Headers | None = None
     ) -> AsyncGenerator[Any]:
         prompt = parse_messages(messages).prompt
         if prompt == "headers":
-            prompt = f"say {(headers or {}).get('x-name')}"
+            prompt = f"say {headers and headers['x-name']}"
         if prompt == "unstarted":
             raise LookupError("my secret")
         return async_streaming_generator(
@@ -143,6 +144,9 @@ class PipelineWrapper(BasePipelineWrapper):
             pipeline_run_args={} if prompt == "unfed" else {"speaker": {"prompt": prompt}},
             streaming_components=["llm" if prompt.startswith("misnamed") else "speaker"],
             allow_sync_streaming_callbacks=True,
-            on_tool_call_start=lambda name, arguments, call: f"[{name}] ",
+            on_tool_call_start=lambda name, arguments, call: [
+                PipelineEvent(type="status", data={"tool": name}),
+                "[clock] ",
+            ],
             on_pipeline_end=lambda result: "(end)" if prompt.startswith("tool") else None,
         )

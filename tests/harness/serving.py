@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -25,6 +24,13 @@ TESTS_OTHER_WRAPPER = "WRAPPER" in os.environ
 NAME = "async_hybrid_streaming"
 KEY = "sk-test-0123456789abcdef"
 HAYHOOKS = f"{sysconfig.get_path('scripts')}/hayhooks"
+PATIENCE = 6 if TESTS_OTHER_WRAPPER else 60  # seconds to wait for anything that should have come long ago
+
+# What a process needs of the caller's environment. All else stays out of the servers: keys, for one.
+NEEDED = (
+    *("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    *("PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE"),
+)
 
 
 class DeployError(Exception):
@@ -50,14 +56,18 @@ class Server:
         with tempfile.TemporaryDirectory() as clean:
             copy_wrapper(wrapper, Path(clean))
             command = [HAYHOOKS, "pipeline", "deploy-files", "--name", name, "--overwrite", clean]
-            done = subprocess.run(
-                command,
-                env=self.environment,
-                cwd=self.folder,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
+            try:
+                done = subprocess.run(
+                    command,
+                    env=self.environment,
+                    cwd=self.folder,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    timeout=60,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise DeployError("Error: it takes longer than a minute") from error
         if done.returncode:
             raise DeployError(done.stdout)
 
@@ -96,10 +106,14 @@ def running(command: list[str], url: str, **options: Any) -> Iterator[subprocess
         yield process
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
     """Block until the condition holds; raise TimeoutError, which says what was waited for, after so many seconds."""
     until = time.monotonic() + seconds
     while not condition():
@@ -120,30 +134,37 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
         return False
 
     try:
-        wait_until(answers, url)
+        wait_until(answers, url, 60)
     except TimeoutError as error:
         raise RuntimeError(str(error)) from error
 
 
+def bare_environment() -> dict[str, str]:
+    """Return what a process needs of the caller's environment, in which clients reach nothing but this machine."""
+    nowhere = "http://127.0.0.1:9"  # the port of the discard service, which nobody runs
+    proxies = {"HTTP_PROXY": nowhere, "HTTPS_PROXY": nowhere, "ALL_PROXY": nowhere, "NO_PROXY": "127.0.0.1,localhost"}
+    inherited = {name: os.environ[name] for name in NEEDED if name in os.environ}
+    return {**inherited, **proxies, **{name.lower(): value for name, value in proxies.items()}}
+
+
 @contextlib.contextmanager
-def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **variables: str) -> Iterator[Server]:
-    """Run `hayhooks run`, or another command that serves, with these variables and none of the caller's own.
+def serving(environment: dict[str, str], *options: str, command: str, wrapper: Path | str = "") -> Iterator[Server]:
+    """Run `hayhooks run`, or another command that serves, in an environment.
 
     A wrapper, a file or a folder, lies in the pipelines directory at the start, under the example's name.
     """
-    port = int(variables.get("HAYHOOKS_PORT") or free_port())
+    port = int(environment.get("HAYHOOKS_PORT") or free_port())
     with tempfile.TemporaryDirectory() as folder:
         if wrapper:
             copy_wrapper(Path(wrapper), Path(folder) / "pipelines" / NAME)
-        ours = ("OPENAI_", "HAYHOOKS_", "MAX_CONCURRENT_STREAMS")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        (Path(folder) / ".env").touch()  # Hayhooks would look for the user's in the folders above
         environment = {
-            **inherited,
-            "HAYHOOKS_HOST": "127.0.0.1",
-            "HAYHOOKS_PORT": str(port),
+            "HOME": folder,
             "HAYHOOKS_PIPELINES_DIR": f"{folder}/pipelines",
             "HAYSTACK_TELEMETRY_ENABLED": "False",
-            **variables,
+            **environment,
+            "HAYHOOKS_HOST": "127.0.0.1",
+            "HAYHOOKS_PORT": str(port),
         }
         started = [HAYHOOKS, *command.split(), "--host", "127.0.0.1", "--port", str(port), *options]
         url = f"http://127.0.0.1:{port}/status"
@@ -155,6 +176,13 @@ def hayhooks(*options: str, command: str = "run", wrapper: Path | str = "", **va
                 end = (Path(folder) / "server.log").read_text().splitlines()[-10:]
                 raise RuntimeError("\n".join(["The server did not start.", *end])) from error
             yield Server(process, port, environment, Path(folder))
+
+
+def hayhooks(
+    *options: str, command: str = "run", wrapper: Path | str = "", **variables: str
+) -> contextlib.AbstractContextManager[Server]:
+    """Run `hayhooks run`, or another command that serves, with these variables and nothing else of the caller's."""
+    return serving({**bare_environment(), **variables}, *options, command=command, wrapper=wrapper)
 
 
 @contextlib.contextmanager
