@@ -60,9 +60,8 @@ def azure(url: str) -> dict[str, str]:
         r"^ +llm = OpenAIGenerator.*$", code := (EXAMPLE / "pipeline_wrapper.py").read_text(), re.MULTILINE
     )
     new = block("python", name="azure").rstrip().replace("https://YOUR-RESOURCE.openai.azure.com", url)
-    new = new.replace("azure_endpoint", f'api_version="2024-10-21", api_key=Secret.from_token("{KEY}"), azure_endpoint')
     code = code.replace(old, new).replace("import OpenAIGenerator", "import AzureOpenAIGenerator")
-    return {"pipeline_wrapper.py": f"from haystack.utils import Secret\n{code}"}
+    return {"pipeline_wrapper.py": code}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def recipes(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory)
         for file, source in files.items():
             (folder / name / file).write_text(source)
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": shared_upstream.url, "HAYHOOKS_PIPELINES_DIR": str(folder)}
-    with hayhooks(HAYHOOKS_STARTUP_DEPLOY_STRATEGY="sequential", **variables) as server:
+    with hayhooks(AZURE_OPENAI_API_KEY=KEY, HAYHOOKS_STARTUP_DEPLOY_STRATEGY="sequential", **variables) as server:
         yield server
 
 
