@@ -13,11 +13,13 @@ The modules, each of which imports only from those before it:
 
     settings          environment variables
     request           from a request to a prompt and parameters
+    streams           closes what a component was reading when its client left
     lockstep          keeps the components of an answer in step with its client
     component         `stoppable`
     upstream          `tolerant`; the only one that imports `openai`
     failure           from an SDK's exception to a status and a sentence
-    response          `openai_response`, which calls the others
+    openai_format     from chunks to events, or to one completion
+    response          `openai_response`, which calls most of the others
 
 They rely on how Hayhooks, Haystack and SDKs work together, which the tests check with old and new releases.
 """

@@ -2,32 +2,39 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastapi import HTTPException
 
+from .request import replace_lone_surrogates
+
 
 def as_http_exception(error: BaseException) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed with this error."""
-    for cause in causes_of(error):
-        if isinstance(cause, HTTPException):
-            return cause
-        status = getattr(cause, "status_code", None) or getattr(response_of(cause), "status_code", None)
-        if isinstance(status, int):
-            return failure_with(status, cause)
-        if "Timeout" in type(cause).__name__:  # each SDK has its own
-            return HTTPException(504, "The upstream did not answer in time.")
+    with contextlib.suppress(Exception):  # an SDK's error need not have what it seems to have
+        for cause in causes_of(error):
+            if isinstance(cause, HTTPException):
+                return cause
+            status = getattr(cause, "status_code", None) or getattr(response_of(cause), "status_code", None)
+            if isinstance(status, int):
+                return failure_with(status, cause)
+            if "Timeout" in type(cause).__name__:  # each SDK has its own
+                return HTTPException(504, "The upstream did not answer in time.")
     return HTTPException(502, "The answer could not be completed.")
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and the errors that caused it. Haystack wraps what a component raises, and SDKs wrap theirs."""
     yield error  # its `__context__` is left out, as that can be the timeout with which Hayhooks polls
-    cause = error.__cause__
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    pending, seen = [error.__cause__], {id(error)}
+    while pending:
+        cause = pending.pop()
+        if cause is not None and id(cause) not in seen:  # errors can be in a circle
+            seen.add(id(cause))
+            yield cause
+            context = None if cause.__suppress_context__ else cause.__context__
+            pending += [*getattr(cause, "exceptions", ()), context, cause.__cause__]  # the last one is next
 
 
 # OpenAI's SDKs obey this header, and most other clients do not retry a 4xx. Agents retry a 5xx for minutes.
@@ -38,10 +45,10 @@ def failure_with(status: int, error: BaseException) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed as the upstream sent this status."""
     match status:
         case 400 | 422:
-            return HTTPException(status, without_key(message_of(error), error))
+            return HTTPException(status, replace_lone_surrogates(without_key(message_of(error), error)))
         case 429 | 503:
             retry_after = headers_of(response_of(error)).get("retry-after")
-            headers = {"Retry-After": retry_after} if retry_after else None
+            headers = {"Retry-After": str(retry_after)} if retry_after else None
             return HTTPException(status, "The upstream is busy, or its quota is used up.", headers)
         case 401 | 403:
             return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
@@ -52,13 +59,20 @@ def failure_with(status: int, error: BaseException) -> HTTPException:
     return HTTPException(502, "The answer could not be completed.")
 
 
-def message_of(error: BaseException) -> str:
-    """Return the upstream's message, from the body that the SDK keeps with the error, or else from the response."""
-    body = getattr(error, "body", None)
-    if body is None:
+def message_of(error: Any) -> str:
+    """Return the upstream's message. Some SDKs keep the body of its error, some the response, and Ollama's the text."""
+    response = response_of(error)
+    reads: list[Callable[[], Any]] = [
+        lambda: error.body,
+        lambda: response.json(),
+        lambda: response.text,
+        lambda: error.error,
+    ]
+    for read in reads:
         with contextlib.suppress(Exception):
-            body = response_of(error).json()
-    return str(error) if body is None else message_in(body)
+            if body := read():
+                return message_in(body)
+    return "The upstream refused the request."
 
 
 def message_in(body: Any) -> str:
@@ -66,7 +80,7 @@ def message_in(body: Any) -> str:
     match body:
         case str():
             return body
-        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_]:
+        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_] if inner:
             return message_in(inner)
     return json.dumps(body, default=str)
 
@@ -74,7 +88,7 @@ def message_in(body: Any) -> str:
 def without_key(message: str, error: BaseException) -> str:
     """Return the message without the key of the failed request. A short key is no secret, and may be part of a word."""
     for name, value in headers_of(getattr(response_of(error), "request", None)).items():
-        key = value.removeprefix("Bearer ")
+        key = value.split(" ")[-1]  # without "Bearer"
         if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:
             message = message.replace(key, "[key]")
     return message

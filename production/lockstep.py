@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import inspect
+import sys
 import threading
-import traceback
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from haystack.dataclasses import StreamingChunk
+
+from .streams import StreamCloser, stop_closing
+
+PATIENCE = 60  # seconds for which a client may stop reading
 
 
 class AnswerOver(asyncio.CancelledError):
@@ -22,7 +27,7 @@ class AnswerOver(asyncio.CancelledError):
 
 
 class ClientStalledError(Exception):
-    """Fails an answer whose client has not read for a minute.
+    """Fails an answer whose client has stopped reading.
 
     If the client reads on after all, it finds an error rather than half an answer that looks complete.
     """
@@ -45,15 +50,17 @@ class Lockstep:
     def send(self, callback: Callable[[StreamingChunk], None], chunk: StreamingChunk) -> None:
         """Pass a chunk to the callback and wait until the client has taken it. Called in a component's thread.
 
-        Raises AnswerOver if the client leaves, or does not take the chunk within a minute.
+        Does not wait if the callback is not Hayhooks', as the chunk may not reach the client then. Raises AnswerOver if
+        the answer is over.
         """
         with self._changed:
             if not self._over:
                 self._untaken.add(id(chunk))
                 callback(chunk)
-                if not self._changed.wait_for(lambda: self._over or id(chunk) not in self._untaken, timeout=60):
-                    self._over = ClientStalledError
+                if leads_to_client(callback):
+                    self._changed.wait_for(lambda: self._over or id(chunk) not in self._untaken)
             if self._over:
+                sys.setprofile(StreamCloser())
                 raise AnswerOver
 
     def take(self, chunk: Any) -> None:
@@ -62,10 +69,10 @@ class Lockstep:
             self._untaken.discard(id(chunk))
             self._changed.notify_all()
 
-    def end(self) -> None:
+    def end(self, reason: type[BaseException]) -> None:
         """End the components that are still running. Called on the event loop."""
         with self._changed:
-            self._over = self._over or AnswerOver
+            self._over = self._over or reason
             self._changed.notify_all()
         for task in self._tasks:
             task.cancel()
@@ -86,11 +93,13 @@ class Lockstep:
         token = CURRENT_LOCKSTEP.set(None)  # so that a stoppable component inside this one does not wait as well
         try:
             yield
-        except BaseException as error:
+        except StopIteration as error:  # with which asyncio would wait for ever
+            raise TypeError("a component must not raise StopIteration") from error
+        except BaseException:
             if not self._over:
                 raise
-            close_streams(error)
         finally:
+            stop_closing()
             CURRENT_LOCKSTEP.reset(token)
         if self._over:
             raise self._over
@@ -98,6 +107,10 @@ class Lockstep:
 
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar[Lockstep | None] = ContextVar("CURRENT_LOCKSTEP", default=None)
+
+
+def leads_to_client(callback: Callable[[StreamingChunk], None]) -> bool:
+    return getattr(callback, "__module__", "").startswith("hayhooks.") and not inspect.iscoroutinefunction(callback)
 
 
 async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
@@ -111,11 +124,13 @@ async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         finally:
             CURRENT_LOCKSTEP.reset(token)
         while chunk is not None:
+            timer = asyncio.get_running_loop().call_later(PATIENCE, lockstep.end, ClientStalledError)
             yield chunk
+            timer.cancel()
             lockstep.take(chunk)
             chunk = await anext(chunks, None)
     finally:
-        lockstep.end()
+        lockstep.end(AnswerOver)
         await chunks.aclose()
 
 
@@ -132,25 +147,3 @@ def replace_default_executor() -> None:
     if loop not in LOOPS_WITH_OUR_EXECUTOR:
         LOOPS_WITH_OUR_EXECUTOR.add(loop)
         loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
-
-
-def close_streams(error: BaseException) -> None:
-    """Close the streams that a component was reading when this error ended it: those in its local variables.
-
-    The streams of some SDKs, OpenAI's among them, are in reference cycles, and would otherwise stay open until the next
-    garbage collection.
-    """
-    assert error.__traceback__
-    # The first frame is the caller's. Reading its variables, of which `error` is one, would create such a cycle, too.
-    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):
-        for value in frame.f_locals.values():
-            if is_stream(value):
-                with contextlib.suppress(Exception):
-                    value.close()
-
-
-def is_stream(value: Any) -> bool:
-    """Return whether a value can be iterated over and closed, and is neither a file nor a collection."""
-    cls = type(value)
-    has_methods = hasattr(cls, "__iter__") and hasattr(cls, "close")
-    return has_methods and not hasattr(value, "write") and not hasattr(cls, "__len__")

@@ -53,11 +53,11 @@ def tolerant(llm: Generator) -> Generator:
                 log.warning("The model does not support {}={!r}, so it is left out.", error.param, value)
 
     def read(**arguments: Any) -> Iterator[ChatCompletionChunk]:
-        options = {"include_usage": True, **(arguments.pop("stream_options", None) or {})}  # for traces
+        arguments["stream_options"] = {"include_usage": True}  # for traces, too
         has_finished = False
         try:
             # Without `with`, the connection would stay open until a garbage collection.
-            with create_without_refused(**arguments, stream_options=options) as chunks:
+            with create_without_refused(**arguments) as chunks:
                 for chunk in chunks:
                     normalize(chunk)
                     has_finished = has_finished or any(choice.finish_reason for choice in chunk.choices)

@@ -1,10 +1,8 @@
 """`stoppable` and `openai_response` work for any component, without OpenAI and without its knowledge."""
 
 import asyncio
-import gc
 import shutil
 import threading
-import weakref
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +27,8 @@ def own(folder: Path, patience: int = 60) -> Path:
     shutil.copy(HARNESS / "own_wrapper.py", folder / "pipeline_wrapper.py")
     lockstep = folder / "production" / "lockstep.py"
     code = lockstep.read_text()
-    assert code.count("timeout=60") == 1
-    lockstep.write_text(code.replace("timeout=60", f"timeout={patience}"))
+    assert code.count("PATIENCE = 60") == 1
+    lockstep.write_text(code.replace("PATIENCE = 60", f"PATIENCE = {patience}"))
     return folder
 
 
@@ -82,6 +80,22 @@ def test_usage_in_other_words_or_no_json_is_left_out(chat: Own) -> None:
     assert chat.post("usage").json()["usage"] is None
 
 
+@pytest.mark.parametrize(
+    ("how", "text"), [("reuse one two three", "onetwothree"), ("odd", "half \ufffdtext")], ids=["one object", "odd"]
+)
+def test_odd_chunks_are_read(chat: Own, how: str, text: str) -> None:
+    events = chat.events(how)
+    assert text_of(events) == text
+    assert not any("error" in event for event in events)
+    assert chat.post(how).json()["choices"][0]["message"]["content"] == text
+
+
+def test_what_cannot_be_answered_is_not_logged_as_an_error(chat: Own) -> None:
+    before = len(chat.server.log)
+    assert chat.post(" ").status_code == 400
+    assert " | ERROR " not in chat.server.log[before:]
+
+
 @pytest.mark.parametrize("how", ["endless", "stubborn", "bitter"])
 def test_it_ends_when_the_client_has_left(chat: Own, how: str) -> None:
     before = len(chat.server.log)
@@ -98,7 +112,8 @@ def test_it_ends_when_the_client_has_left(chat: Own, how: str) -> None:
 @pytest.mark.parametrize("how", ["status", "deep"])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
-    ("status", "answered"), [(401, 424), (404, 424), (429, 429), (503, 503), (500, 502), (504, 504), (-1, 502)]
+    ("status", "answered"),
+    [(400, 400), (401, 424), (404, 424), (429, 429), (503, 503), (500, 502), (504, 504), (-1, 502)],
 )
 def test_a_failure_with_a_status_goes_by_the_table(
     chat: Own, how: str, stream: bool, status: int, answered: int
@@ -110,13 +125,14 @@ def test_a_failure_with_a_status_goes_by_the_table(
     assert "/opt" not in failed.text
 
 
-@pytest.mark.parametrize("how", ["broken", "unstarted", "unfed"])
+@pytest.mark.parametrize("how", ["broken", "circle", "next", "unstarted", "unfed", "text"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_any_other_failure_is_a_bad_gateway_and_in_the_log(chat: Own, how: str, stream: bool) -> None:
     before = len(chat.server.log)
     failed = chat.post(how, stream=stream)
     assert (failed.status_code, failed.json()) == (502, {"detail": BROKE_OFF})
-    assert ("Missing" if how == "unfed" else "my secret") in chat.server.log[before:]
+    logged = {"unfed": "Missing", "next": "StopIteration", "text": "must return"}.get(how, "my secret")
+    assert logged in chat.server.log[before:]
 
 
 def test_a_failure_after_the_first_chunk_is_an_error_event(chat: Own) -> None:
@@ -162,12 +178,13 @@ def test_a_client_beyond_the_slots_is_refused(chat: Own) -> None:
     chat.wait_until_ended()
 
 
-def test_a_client_that_reads_no_more_ends_it_even_if_it_catches_exceptions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("speaker", ["sync", "async"])
+def test_a_client_that_reads_no_more_ends_it_even_if_it_catches_exceptions(tmp_path: Path, speaker: str) -> None:
     (marks := tmp_path / "marks").mkdir()
-    variables = {"SPEAKER": "sync", "MARKS": str(marks)}
+    variables = {"SPEAKER": speaker, "MARKS": str(marks)}
     with (
         hayhooks(wrapper=own(tmp_path / "own", patience=1), **variables) as server,
-        Own(server).open(f"stubborn {'x' * 64}") as events,
+        Own(server).open("stubborn flood") as events,
     ):
         next(texts_of(events))
         wait_until(lambda: not any(marks.iterdir()), "the run to end")
@@ -267,20 +284,68 @@ class Cache(Stream):
         return 1000
 
 
-@component
-class Reader:
-    """Reads a stream that is in a reference cycle, as some SDKs keep theirs."""
+class SdkStream(Stream):
+    """One in a reference cycle, as some SDKs make them."""
 
     def __init__(self) -> None:
+        super().__init__()
+        self.words = self.read()
+
+    def read(self) -> Iterator[str]:
+        while not self.is_closed:
+            yield "word"
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.words
+
+
+CURSOR = Stream()  # which others use, too
+
+
+@component
+class Reader:
+    """Reads a stream, and has other things in its local variables."""
+
+    def __init__(self, how: str = "variable") -> None:
+        self.how = how
         self.others = Closable(), Log(), Cache()
-        self.streams: list[weakref.ref[Stream]] = []
+        self.cursor = Stream()
+        self.streams: list[Any] = []
+
+    def open(self) -> Stream:
+        self.streams.append(stream := SdkStream())
+        return stream
+
+    def helper(self) -> Iterator[str]:
+        for word in self.open():  # noqa: UP028
+            yield word
+
+    def read(self, callback: Any) -> None:
+        match self.how:
+            case "loop":
+                for word in self.open():
+                    callback(StreamingChunk(word))
+            case "generator in a loop":
+                for word in self.helper():
+                    callback(StreamingChunk(word))
+            case "generator in a variable":
+                words = self.helper()
+                for word in words:
+                    callback(StreamingChunk(word))
+            case _:
+                stream = self.open()
+                for word in stream:
+                    callback(StreamingChunk(word))
 
     @component.output_types(words=list[str])
     def run(self, streaming_callback: Any = None) -> dict[str, Any]:
         connection, log, cache = self.others  # noqa: RUF059
-        self.streams.append(weakref.ref(stream := Stream()))
-        for word in stream:
-            streaming_callback(StreamingChunk(word))
+        mine, common = self.cursor, CURSOR  # noqa: F841
+        try:
+            self.read(streaming_callback)
+        except BaseException:
+            if self.how != "swallowed":
+                raise
         return {"words": []}
 
 
@@ -320,34 +385,47 @@ async def answer_of(wrapper_module: Any, component: Any) -> Any:
     return await chunks_of(wrapper_module, pipeline, {"one": {}})
 
 
-async def chunks_of(wrapper_module: Any, pipeline: Any, inputs: dict[str, Any]) -> Any:
+async def chunks_of(wrapper_module: Any, pipeline: Any, inputs: dict[str, Any], streaming: Any = None) -> Any:
     @wrapper_module.openai_response  # type: ignore[untyped-decorator]
     async def chat(self: Any, model: str, messages: Any, body: dict[str, Any]) -> Any:
         return async_streaming_generator(
-            pipeline=pipeline, pipeline_run_args=inputs, allow_sync_streaming_callbacks=True
+            pipeline=pipeline,
+            pipeline_run_args=inputs,
+            streaming_components=streaming,
+            allow_sync_streaming_callbacks=True,
         )
 
     return await chat(None, "", [], {})
 
 
-def test_only_streams_are_closed_and_nothing_keeps_them(wrapper_module: Any) -> None:
-    reader = Reader()
+async def ask_and_leave(wrapper_module: Any, component: Any) -> None:
+    chunks = await answer_of(wrapper_module, component)
+    await anext(chunks)
+    await chunks.aclose()
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
 
-    async def ask_and_leave() -> None:
-        chunks = await answer_of(wrapper_module, reader)
-        await anext(chunks)
-        await chunks.aclose()
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others)
 
-    gc.collect()
-    gc.disable()
-    try:
-        asyncio.run(ask_and_leave())
-        assert [stream() for stream in reader.streams] == [None]
-    finally:
-        gc.enable()
-    assert not any(other.is_closed for other in reader.others)
+@pytest.mark.parametrize("how", ["variable", "loop", "generator in a loop", "generator in a variable", "swallowed"])
+def test_streams_are_closed_and_nothing_else(wrapper_module: Any, how: str) -> None:
+    reader = Reader(how)
+    asyncio.run(ask_and_leave(wrapper_module, reader))
+    assert [stream.is_closed for stream in reader.streams] == [True]
+    assert not any(other.is_closed for other in (*reader.others, reader.cursor, CURSOR))
+
+
+def test_a_callback_that_does_not_lead_to_the_client_is_not_waited_for(wrapper_module: Any) -> None:
+    pipeline, heard = AsyncPipeline(), []
+    for name in ("aside", "words"):
+        pipeline.add_component(name, wrapper_module.stoppable(Words()))
+    aside = {"words": ["one", "two"], "streaming_callback": lambda chunk: heard.append(chunk.content)}
+
+    async def ask() -> list[str]:
+        inputs = {"aside": aside, "words": {"words": ["three"]}}
+        return [chunk.content async for chunk in await chunks_of(wrapper_module, pipeline, inputs, ["words"])]
+
+    assert asyncio.run(ask()) == ["three", ""]
+    assert heard == ["one", "two"]
 
 
 def test_a_component_within_a_component_waits_once(wrapper_module: Any) -> None:

@@ -91,8 +91,8 @@ def test_a_client_that_reads_no_more_fails_and_finds_the_failure(upstream: Upstr
     impatient = tmp_path / "impatient"
     copy_wrapper(WRAPPER, impatient)
     code = (impatient / "production" / "lockstep.py").read_text()
-    assert code.count("timeout=60") == 1
-    (impatient / "production" / "lockstep.py").write_text(code.replace("timeout=60", "timeout=1"))
+    assert code.count("PATIENCE = 60") == 1
+    (impatient / "production" / "lockstep.py").write_text(code.replace("PATIENCE = 60", "PATIENCE = 1"))
     upstream.reply = Reply(["x" * 64 * 1024] * 10_000, pace=0.001)
     with deployed(wrapper=impatient, OPENAI_BASE_URL=upstream.url) as server, Chat(server).open() as events:
         next(texts_of(events))

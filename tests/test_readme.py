@@ -133,6 +133,8 @@ def test_azure(recipes: Server, upstream: Upstream) -> None:
     [received] = upstream.received
     assert received.path == "/openai/deployments/YOUR-DEPLOYMENT/chat/completions"
     assert (received.headers["api-key"], received.body["temperature"]) == (KEY, 0.5)
+    upstream.reply = Reply(status=400, error={"error": {"message": f"{KEY} asks too much."}})
+    assert chat.post().json() == {"detail": "[key] asks too much."}
 
 
 def assert_the_async_way_serves(chat: Chat, upstream: Upstream) -> None:

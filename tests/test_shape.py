@@ -15,14 +15,13 @@ METHODS = {node.name: node for node in CLASS.body if isinstance(node, ast.Functi
 MODULES = {
     "settings": {"pydantic", "pydantic_settings", "haystack"},
     "request": {"fastapi", "json"},
-    "lockstep": {"haystack"},
+    "streams": set(),
+    "lockstep": {"haystack", ".streams"},
     "component": {".lockstep"},
     "upstream": {"openai", "haystack", "hayhooks", ".request"},
-    "failure": {"fastapi", "json"},
-    "response": {
-        *("fastapi", "fastapi_openai_compat", "hayhooks", "haystack", "json"),
-        *(".settings", ".request", ".lockstep", ".failure"),
-    },
+    "failure": {"fastapi", "json", ".request"},
+    "openai_format": {"fastapi", "fastapi_openai_compat", "hayhooks", "haystack", "json", ".request", ".failure"},
+    "response": {"fastapi", "hayhooks", "haystack", ".settings", ".lockstep", ".failure", ".openai_format"},
 }
 LIBRARIES = {
     "fastapi",

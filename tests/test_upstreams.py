@@ -68,6 +68,7 @@ ODD = {
     "content null": Reply(raw=choice({"content": None}) + A + B + STOP + DONE),
     "reasoning": Reply(raw=choice({"reasoning_content": "Hm."}) + A + B + STOP + DONE),
     "another reason": Reply(raw=A + B + choice({}, finish_reason="model_length") + DONE),
+    "a tool call": Reply(raw=A + choice({"tool_calls": [{"id": "c1", "function": None}]}) + B + STOP + DONE),
     "comments": Reply(raw=": ping\n\n" + A + ": ping\n\n" + B + STOP + DONE),
     "half a surrogate pair": Reply(raw=choice({"content": "Hello world \ud83d"}) + STOP + DONE),
 }
@@ -217,11 +218,11 @@ def test_no_connection_is_a_bad_gateway(without_upstream: Chat, stream: bool) ->
     assert response.json() == {"detail": BROKE_OFF}
 
 
-@pytest.mark.parametrize("message", [f"Your key {KEY} is bad.", f"{KEY}"])
+@pytest.mark.parametrize("message", [f"Your key {KEY} is bad.", f"{KEY}", "half \ud83d"])
 def test_the_key_is_replaced_in_what_is_passed_on(chat: Chat, upstream: Upstream, message: str) -> None:
     for status in (400, 422):
         upstream.reply = failing(status, {"error": {"message": message}})
-        assert chat.post(stream=True).json() == {"detail": message.replace(KEY, "[key]")}
+        assert chat.post(stream=True).json() == {"detail": message.replace(KEY, "[key]").replace("\ud83d", "\ufffd")}
 
 
 # Failures after the first chunk

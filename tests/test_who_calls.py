@@ -247,6 +247,16 @@ def test_python_code_gets_the_failure_after_the_chunks(wrapper: Any, upstream: U
     assert "".join(texts) == "Hello, world!"
 
 
+def test_a_short_key_is_no_secret(wrapper_class: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "ollama")
+    monkeypatch.setenv("OPENAI_BASE_URL", upstream.url)
+    wrapper = wrapper_class()
+    wrapper.setup()
+    upstream.reply = Reply(status=400, error={"error": {"message": "ollama has no such model"}})
+    with pytest.raises(HTTPException, match="ollama has no such model"):
+        asyncio.run(wrapper.run_api_async("Hi"))
+
+
 def test_python_code_can_ask_for_openais_forms(wrapper: Any, upstream: Upstream) -> None:
     async def call() -> tuple[Any, list[Any]]:
         whole = await wrapper.run_chat_completion_async(NAME, HI, {"stream": False})

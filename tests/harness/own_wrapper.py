@@ -49,11 +49,26 @@ def speak(prompt: str) -> Iterator[StreamingChunk]:
             raise HTTPException(418, "short and stout", {"x-tea": "yes"})
         case "broken":
             raise RuntimeError("my secret")
+        case "circle":
+            error = RuntimeError("my secret")
+            raise error from error
+        case "next":
+            next(iter(()))
         case "silent":
             return
         case "endless" | "stubborn" | "bitter":
             while True:
-                yield StreamingChunk("word ")
+                yield StreamingChunk("word " if not words else "x" * 64 * 1024)
+        case "reuse":
+            chunk = StreamingChunk("")
+            for chunk.content in words:
+                yield chunk
+            return
+        case "odd":
+            yield StreamingChunk(None)  # type: ignore[arg-type]
+            yield StreamingChunk("half \ud83d", meta={"finish_reason": 5})
+            yield "text"  # type: ignore[misc]
+            return
         case "usage":
             yield StreamingChunk("Hi", meta={"usage": {"input_tokens": 1, "output_tokens": 2}})
             yield StreamingChunk("", meta={"usage": {"prompt_tokens": {1, 2}}})
@@ -90,7 +105,7 @@ class Speaker:
         with Mark(prompt):
             said = []
             for chunk in speak(prompt):
-                said.append(chunk.content)
+                said.append(str(chunk))
                 if streaming_callback:
                     try:
                         streaming_callback(chunk)
@@ -113,7 +128,7 @@ class AsyncSpeaker:
         with Mark(prompt):
             said = []
             for chunk in speak(prompt):
-                said.append(chunk.content)
+                said.append(str(chunk))
                 try:
                     if streaming_callback:
                         await streaming_callback(chunk)  # type: ignore[misc]
@@ -139,6 +154,8 @@ class PipelineWrapper(BasePipelineWrapper):
             prompt = f"say {headers and headers['x-name']}"
         if prompt == "unstarted":
             raise LookupError("my secret")
+        if prompt == "text":
+            return "my secret"  # type: ignore[return-value]
         return async_streaming_generator(
             pipeline=self.pipeline,
             pipeline_run_args={} if prompt == "unfed" else {"speaker": {"prompt": prompt}},
