@@ -14,8 +14,8 @@ def stoppable(component: Component) -> Component:
     """Make a component end when its client leaves, and return it.
 
     In an answer, the `streaming_callback` of a sync component waits for the client; when the client has left, it raises
-    an exception that is not an Exception, and the streams in the component's local variables are closed. An async
-    component is cancelled. Outside of an answer, nothing changes.
+    an exception that is not an Exception, and the streams that the component was reading are closed. An async component
+    is cancelled. Outside of an answer, nothing changes.
 
     Raises TypeError if the component's `run` takes no `streaming_callback`.
     """

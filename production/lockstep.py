@@ -42,38 +42,41 @@ class Lockstep:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._untaken: set[int] = set()  # ids of chunks; the thread that waits for one keeps it alive
         self._over: type[BaseException] | None = None  # once the answer is over: what a component's run raises
+        self._untaken: dict[int, threading.Lock] = {}  # by the id of a chunk, the lock on which its thread waits
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def send(self, callback: Callable[[StreamingChunk], None], chunk: StreamingChunk) -> None:
         """Pass a chunk to the callback and wait until the client has taken it. Called in a component's thread.
 
-        Does not wait if the callback is not Hayhooks', as the chunk may not reach the client then. Raises AnswerOver if
-        the answer is over.
+        Does not wait if the callback is not one of Hayhooks', as the chunk might never reach the client. Raises
+        AnswerOver if the answer is over.
         """
-        with self._changed:
+        if leads_to_client(callback):
+            taken = threading.Lock()
+            taken.acquire()
+            self._untaken[id(chunk)] = taken
+            # Looked up only now: `end` first sets `_over`, then releases the locks that it finds.
             if not self._over:
-                self._untaken.add(id(chunk))
                 callback(chunk)
-                if leads_to_client(callback):
-                    self._changed.wait_for(lambda: self._over or id(chunk) not in self._untaken)
-            if self._over:
-                sys.setprofile(StreamCloser())
-                raise AnswerOver
+                taken.acquire()  # waits until `take` or `end` releases it
+        elif not self._over:
+            callback(chunk)
+        if self._over:
+            sys.setprofile(StreamCloser())
+            raise AnswerOver
 
     def take(self, chunk: Any) -> None:
         """Let the thread that sent this chunk continue. Called on the event loop."""
-        with self._changed:
-            self._untaken.discard(id(chunk))
-            self._changed.notify_all()
+        if taken := self._untaken.pop(id(chunk), None):
+            taken.release()
 
     def end(self, reason: type[BaseException]) -> None:
         """End the components that are still running. Called on the event loop."""
-        with self._changed:
-            self._over = self._over or reason
-            self._changed.notify_all()
+        self._over = self._over or reason
+        while self._untaken:
+            _, taken = self._untaken.popitem()
+            taken.release()
         for task in self._tasks:
             task.cancel()
 
@@ -93,7 +96,7 @@ class Lockstep:
         token = CURRENT_LOCKSTEP.set(None)  # so that a stoppable component inside this one does not wait as well
         try:
             yield
-        except StopIteration as error:  # with which asyncio would wait for ever
+        except StopIteration as error:  # asyncio cannot pass it on, and would wait forever
             raise TypeError("a component must not raise StopIteration") from error
         except BaseException:
             if not self._over:
@@ -125,8 +128,10 @@ async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
             CURRENT_LOCKSTEP.reset(token)
         while chunk is not None:
             timer = asyncio.get_running_loop().call_later(PATIENCE, lockstep.end, ClientStalledError)
-            yield chunk
-            timer.cancel()
+            try:
+                yield chunk
+            finally:
+                timer.cancel()
             lockstep.take(chunk)
             chunk = await anext(chunks, None)
     finally:

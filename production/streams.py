@@ -23,10 +23,11 @@ class StreamCloser:
     def __call__(self, frame: FrameType, event: str, value: Any) -> None:
         if event != "return":
             return
-        # A `for` loop that ends closes the generator over which it iterates. One that yields has a value.
+        # A `for` loop that ends closes its generator, whose value is None then, while one that yields has a value.
         is_closed_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR) and value is None
         if frame in self._frames or is_closed_generator:
-            close_streams_in(frame)
+            with contextlib.suppress(Exception):
+                close_streams_in(frame)
 
 
 def close_streams_in(frame: FrameType) -> None:
@@ -40,7 +41,7 @@ def close_streams_in(frame: FrameType) -> None:
 
 
 def close(value: Any) -> None:
-    """Close a value if it is a stream, and those that it reads from if it is a generator."""
+    """Close a value if it is a stream and, if it is a generator, the streams from which it reads."""
     if is_stream(value):
         inner = gc.get_referents(value, value.gi_frame) if inspect.isgenerator(value) else []
         with contextlib.suppress(Exception):

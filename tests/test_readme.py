@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -507,6 +508,43 @@ def test_the_forwarded_fields_are_those_of_the_code(wrapper_module: Any) -> None
     [row] = [line for line in README.splitlines() if "| forwarded unless null" in line]
     request = sys.modules[wrapper_module.parse_parameters.__module__]
     assert tuple(re.findall("`(\\w+)`", row.split("|")[1])) == request.PARAMETERS
+
+
+def measured(heading: str, streams: str, unit: Callable[[str], str]) -> list[str]:
+    """Return a row of the benchmark's report, without its first variant: the oldest Python's (and the newest's)."""
+    sections = (EXAMPLE / "tests" / "benchmark.md").read_text().split("\n## Python ")[1:]
+    oldest, newest = (
+        re.findall(rf"^\| {streams} \| (.+) \|$", section.split(f"### {heading}\n")[1], re.MULTILINE)[0].split(" | ")
+        for section in sections
+    )
+    cells = []
+    for old, new in itertools.zip_longest(oldest[1:], newest[1:], fillvalue="-"):
+        shown = [unit(cell.split(" / ")[-1].replace(",", "")) for cell in (old, new) if "-" not in cell]
+        cells.append(f"{shown[0]} ({shown[1]})" if len(shown) == 2 else "".join(shown) or "-")
+    return cells
+
+
+def seconds(milliseconds: str) -> str:
+    return f"{int(milliseconds) / 1000:.1f} s"
+
+
+@pytest.mark.parametrize("row", COSTS := rows_below("| Python 3.10 (3.13) |"), ids=[name for name, *_ in COSTS])
+def test_the_costs_are_those_of_the_benchmark(row: list[str]) -> None:
+    [streams] = re.findall(r"(\d+) streams", row[0])
+    heading, unit = {
+        "tok": ("Tokens per second of each stream", lambda cell: f"{float(cell):.0f}"),
+        "who": ("Whole answer, p50 / p95 in s", lambda cell: f"{cell} s"),
+        "fir": ("First token, p50 / p95 in ms", seconds),
+        "CPU": ("CPU time per chunk in µs", lambda cell: f"{cell} µs"),
+    }[row[0][:3]]
+    assert row[1:] == measured(heading, streams, unit)
+
+
+def test_the_versions_of_the_costs_are_those_of_the_benchmark() -> None:
+    report = (EXAMPLE / "tests" / "benchmark.md").read_text().split("\n\n")[1]
+    versions = re.findall(r"(?:[a-z-]+|Python) (\d+\.\d+\.\d+)", report)
+    assert versions
+    assert all(version in README for version in versions)
 
 
 def test_the_last_line_is_the_licence() -> None:
