@@ -23,14 +23,14 @@ class PipelineWrapper(BasePipelineWrapper):
     """A chat with OpenAIGenerator, which has no `run_async`, streamed from an async pipeline."""
 
     def setup(self) -> None:
-        """Build the pipeline; raises ValueError for a missing or invalid environment variable."""
+        """Build the pipeline; raises ValueError for a missing or invalid OPENAI variable."""
         llm = OpenAIGenerator(**Settings().openai_arguments())
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
-        self.pipeline.add_component("llm", stoppable(tolerant(llm)))  # both return the llm, and neither needs the other
+        self.pipeline.add_component("llm", stoppable(tolerant(llm)))  # each returns the llm, in any order
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
-    @openai_response  # turns the chunks into the events of a stream, or into one completion
+    @openai_response  # callers get the events of a stream or one completion, made from what this returns
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
@@ -51,6 +51,6 @@ class PipelineWrapper(BasePipelineWrapper):
     async def run_api_async(self, question: str) -> str:
         """Answer one question with a language model."""
         messages = [{"role": "user", "content": question}]
-        # With `stream` false, openai_response returns one completion.
+        # openai_response turns `"stream": False` into one whole completion.
         completion = await self.run_chat_completion_async(model="", messages=messages, body={"stream": False})
         return completion.choices[0].message.content

@@ -2,12 +2,23 @@
 
     openai_response   decorates a `run_chat_completion_async` that returns `async_streaming_generator(...)`
     parse_messages    returns `.prompt`, all turns of the conversation without the system prompt; `.question`, the
-                      user's last text, for a retriever; and `.system_prompt`, which can be None: for a default, use
-                      `.system_prompt or "Be brief."`, and put it into the prompt if your component has no such input
+                      user's last text; and `.system_prompt`, which can be None
     parse_parameters  returns the temperature and the like, by OpenAI's names
     stoppable         takes any component whose `run` has a `streaming_callback`, as in `stoppable(MyGenerator())`
-    Settings          reads the environment variables of an OpenAIGenerator: leave it out of a pipeline without one
-    tolerant          lets an OpenAIGenerator cope with what upstreams refuse and send: leave it out likewise
+    Settings          reads the environment variables of an OpenAIGenerator; other pipelines do not need it
+    tolerant          lets an OpenAIGenerator handle what upstreams refuse and send; other components do not need it
+
+So the inputs of a pipeline with a retriever and a default system prompt can be
+
+    conversation = parse_messages(messages)
+    {
+        "retriever": {"query": conversation.question},
+        "prompt": {"conversation": conversation.prompt},
+        "llm": {"system_prompt": conversation.system_prompt or "Be brief."},
+    }
+
+If your component has no `system_prompt`, put it into the prompt. A chat generator takes it as "messages":
+[ChatMessage.from_system(...), ChatMessage.from_user(conversation.prompt)].
 
 The modules, each of which imports only from those before it:
 
@@ -17,11 +28,11 @@ The modules, each of which imports only from those before it:
     lockstep          keeps the components of an answer in step with its client
     component         `stoppable`
     upstream          `tolerant`; the only one that imports `openai`
-    failure           from an SDK's exception to a status and a sentence
+    failure           from an SDK's exception to a status and a sentence for the client
     openai_format     from chunks to events, or to one completion
-    response          `openai_response`, which calls most of the others
+    response          `openai_response`, the entry point
 
-They rely on how Hayhooks, Haystack and SDKs work together, which the tests check with old and new releases.
+They rely on how Hayhooks, Haystack and the SDKs work inside. The tests check that with old and new releases.
 """
 
 from .component import stoppable

@@ -12,7 +12,7 @@ from .request import replace_lone_surrogates
 
 def as_http_exception(error: BaseException) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed with this error."""
-    with contextlib.suppress(Exception):  # an SDK's error need not have what it seems to have
+    with contextlib.suppress(Exception):  # an attribute of a foreign error can itself raise
         for cause in causes_of(error):
             if isinstance(cause, HTTPException):
                 return cause
@@ -30,11 +30,11 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
     pending, seen = [error.__cause__], {id(error)}
     while pending:
         cause = pending.pop()
-        if cause is not None and id(cause) not in seen:  # errors can be in a circle
+        if cause is not None and id(cause) not in seen:  # an error can be its own cause
             seen.add(id(cause))
             yield cause
             context = None if cause.__suppress_context__ else cause.__context__
-            pending += [*getattr(cause, "exceptions", ()), context, cause.__cause__]  # the last one is next
+            pending += [*getattr(cause, "exceptions", ()), context, cause.__cause__]  # taken from the end
 
 
 # OpenAI's SDKs obey this header, and most other clients do not retry a 4xx. Agents retry a 5xx for minutes.
@@ -42,7 +42,7 @@ NO_RETRY = {"x-should-retry": "false"}
 
 
 def failure_with(status: int, error: BaseException) -> HTTPException:
-    """Return the status and the sentence for a client whose answer failed as the upstream sent this status."""
+    """Return the status and the sentence for a client whose answer failed because the upstream sent this status."""
     match status:
         case 400 | 422:
             return HTTPException(status, replace_lone_surrogates(without_key(message_of(error), error)))
@@ -54,13 +54,13 @@ def failure_with(status: int, error: BaseException) -> HTTPException:
             return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
         case 408 | 504:
             return HTTPException(504, "The upstream did not answer in time.")
-        case _ if 400 <= status < 500 and status != 409:  # 404 for an unknown model, say; 409 may pass
+        case _ if 400 <= status < 500 and status != 409:  # a 409 may succeed later
             return HTTPException(424, "The upstream refused the request.", NO_RETRY)
     return HTTPException(502, "The answer could not be completed.")
 
 
 def message_of(error: Any) -> str:
-    """Return the upstream's message. Some SDKs keep the body of its error, some the response, and Ollama's the text."""
+    """Return the upstream's message. Some SDKs keep the body of its error, some the response, Ollama's the message."""
     response = response_of(error)
     reads: list[Callable[[], Any]] = [
         lambda: error.body,
@@ -80,8 +80,12 @@ def message_in(body: Any) -> str:
     match body:
         case str():
             return body
-        case {"message": inner} | {"detail": inner} | {"msg": inner} | {"error": inner} | [inner, *_] if inner:
+        case [inner, *_]:
             return message_in(inner)
+        case dict():
+            for name in ("message", "detail", "msg", "error"):
+                if body.get(name):
+                    return message_in(body[name])
     return json.dumps(body, default=str)
 
 
@@ -101,5 +105,5 @@ def response_of(error: BaseException) -> Any:
 
 
 def headers_of(request_or_response: Any) -> dict[str, str]:
-    """Return headers by their names in lower case; none for None."""
+    """Return the headers by their names in lower case, if there are any."""
     return {name.lower(): value for name, value in (getattr(request_or_response, "headers", None) or {}).items()}

@@ -19,10 +19,10 @@ PATIENCE = 60  # seconds for which a client may stop reading
 
 
 class AnswerOver(asyncio.CancelledError):
-    """Ends a component whose client has left.
+    """Ends a component that still runs when its answer is over, usually because the client has left.
 
-    A component that catches every Exception does not catch this one, and asyncio logs nothing about a task that raises
-    it, as it takes that task for cancelled.
+    A component that catches every Exception does not catch this one. asyncio logs nothing about a task that raises it,
+    as it takes that task for cancelled.
     """
 
 
@@ -34,16 +34,16 @@ class ClientStalledError(Exception):
 
 
 class Lockstep:
-    """What the components of one answer and its client know of each other.
+    """Connects the components of one answer with its client.
 
-    A component's thread sends a chunk and waits until the client asks for the next one. Otherwise it would read the
-    whole answer, and somebody would pay for it, although the client has left. Threads that run ahead of their clients
-    would also compete with those that make the first chunks of other answers. Async components are only cancelled.
+    A component's thread sends a chunk and waits until the client asks for the next one. Otherwise, if the client left,
+    the thread would read the rest of the answer, and somebody would pay for it. Threads that run ahead of their clients
+    would also slow down those that make the first chunks of other answers. Async components are only cancelled.
     """
 
     def __init__(self) -> None:
-        self._over: type[BaseException] | None = None  # once the answer is over: what a component's run raises
-        self._untaken: dict[int, threading.Lock] = {}  # by the id of a chunk, the lock on which its thread waits
+        self._over: type[BaseException] | None = None  # once the answer is over: what `running` raises
+        self._untaken: dict[int, threading.Lock] = {}  # by the id of a chunk, which Hayhooks passes on as it is
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def send(self, callback: Callable[[StreamingChunk], None], chunk: StreamingChunk) -> None:
@@ -64,7 +64,7 @@ class Lockstep:
             callback(chunk)
         if self._over:
             sys.setprofile(StreamCloser())
-            raise AnswerOver
+            raise AnswerOver  # whatever the reason, as a component may catch every Exception
 
     def take(self, chunk: Any) -> None:
         """Let the thread that sent this chunk continue. Called on the event loop."""
@@ -88,8 +88,8 @@ class Lockstep:
     def running(self) -> Iterator[None]:
         """Run a component in this block.
 
-        If the answer is over by the end of the block, raises AnswerOver or ClientStalledError in place of whatever the
-        component returns or raises.
+        Once the answer is over, raises AnswerOver or ClientStalledError: before the block, or after it, in place of
+        whatever the component returns or raises.
         """
         if self._over:
             raise self._over

@@ -34,7 +34,7 @@ def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
-    """Yield the events of a stream, given the first item of an answer and the rest.
+    """Yield the events of a stream, given the first item of an answer, read already for its status, and the rest.
 
     If the answer fails, there is an error event before `[DONE]`. Without it, the answer would look complete.
     """
@@ -50,14 +50,14 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
             yield delta_event({"role": "assistant", "content": ""})
             while item is not None:
                 if isinstance(item, StreamingChunk):
-                    is_last = finish_reason_in(item) or (finish_reason and usage_in(item))
+                    is_end = finish_reason_in(item) or (finish_reason and usage_in(item))
                     finish_reason = finish_reason_in(item) or finish_reason
                     usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
                     # While a model reasons, its chunks have no text, and proxies cut idle connections.
-                    if item.content or not (is_last or item is first):
+                    if item.content or not (is_end or item is first):
                         yield delta_event({"content": text_of(item.content)})
                 else:
-                    yield item
+                    yield item  # what Hayhooks' callbacks add, such as the event of a tool
                 item = await anext(rest, None)
         if finish_reason:
             yield delta_event({}, finish_reason)

@@ -1,4 +1,4 @@
-"""Makes an answer of the chunks that a pipeline sends, for one of a limited number of clients."""
+"""Turns the chunks of a pipeline into the response to a client, and limits the number of clients."""
 
 import asyncio
 import contextlib
@@ -26,9 +26,9 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
     slots = asyncio.Semaphore(Limits().MAX_CONCURRENT_STREAMS)
 
     @functools.wraps(chat)  # Hayhooks reads its signature, and passes `headers` if it has that parameter
-    async def respond(self: Any, model: str, messages: list[Any], body: dict[str, Any], **headers: Any) -> Any:
+    async def respond(self: Any, model: str, messages: list[Any], body: dict[str, Any], **optional: Any) -> Any:
         try:
-            chunks = await chat(self, model, messages, body, **headers)
+            chunks = await chat(self, model, messages, body, **optional)
             if not isinstance(chunks, AsyncGenerator):
                 raise TypeError(f"{chat.__name__} must return async_streaming_generator(...)")
         except HTTPException:
@@ -53,8 +53,8 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
     """Yield the chunks of an answer, and what Hayhooks' callbacks add to them, while holding a slot.
 
-    Ends with a finish_reason, unless the component is one that reports it. Raises HTTPException if no slot is free, if
-    the answer fails, or if there is no chunk.
+    Adds the finish_reason "stop" if the component never reports one. Raises HTTPException if no slot is free, if the
+    answer fails, or if there is no chunk.
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
@@ -64,7 +64,7 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
             async for item in items:
                 is_empty = is_empty and not isinstance(item, StreamingChunk | str)
                 if isinstance(item, StreamingChunk):
-                    # A component that could report one, and never does, may have been cut off.
+                    # Even a None counts: a component whose chunks have the field, but no reason, may have been cut off.
                     reports_finish = reports_finish or "finish_reason" in item.meta or item.finish_reason is not None
                 yield StreamingChunk(item) if isinstance(item, str) else item
         except Exception as error:  # Hayhooks has logged it

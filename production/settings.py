@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Limits(BaseSettings):
-    """The limit of each pipeline in each worker process; raises ValueError for an invalid variable.
+    """How many clients a pipeline has at a time in each worker process; raises ValueError for an invalid variable.
 
     An empty variable counts as unset.
     """
@@ -20,7 +20,7 @@ class Limits(BaseSettings):
 
 
 class Settings(Limits):
-    """That limit, and the upstream of an OpenAIGenerator; raises ValueError for a missing or invalid variable."""
+    """The upstream of an OpenAIGenerator, and the limit; raises ValueError for a missing or invalid variable."""
 
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$")  # what an HTTP header can carry
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1)

@@ -1,8 +1,8 @@
 """Closes the streams that a component was reading when its client left.
 
-The streams of some SDKs, OpenAI's among them, are in reference cycles, and would otherwise stay open, and be paid for,
-until the next garbage collection. Components do not tell where they keep a stream: it may be in a local variable, or
-only be known to a `for` loop. So this looks at the component's frames while an exception ends them, one by one.
+The streams of some SDKs, OpenAI's among them, are in reference cycles: they would stay open, and be paid for, until the
+next garbage collection. A component does not say where it keeps a stream. It may be in a local variable, or only in a
+`for` loop. So this looks at the component's frames while they end, one by one.
 """
 
 import contextlib
@@ -15,15 +15,21 @@ from typing import Any
 
 
 class StreamCloser:
-    """A profile function, which Python calls at the end of each frame of the thread that has set it."""
+    """A profile function of the thread.
+
+    `Lockstep.send` sets it before it raises, and `Lockstep.running` removes it, so the frames that end in between are
+    the component's. Python reports each of them with a "return", whose value is None after an exception.
+    """
 
     def __init__(self) -> None:
+        self.previous = sys.getprofile()
         self._frames = {frame for frame, _ in traceback.walk_stack(sys._getframe(1))}
 
     def __call__(self, frame: FrameType, event: str, value: Any) -> None:
         if event != "return":
             return
-        # A `for` loop that ends closes its generator, whose value is None then, while one that yields has a value.
+        # A generator in a `for` loop was suspended, so it is not among the frames. It is closed when the loop's frame
+        # ends. Python reports a "return" for each `yield` as well, but with the value.
         is_closed_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR) and value is None
         if frame in self._frames or is_closed_generator:
             with contextlib.suppress(Exception):
@@ -58,6 +64,6 @@ def is_stream(value: Any) -> bool:
 
 
 def stop_closing() -> None:
-    """Remove the thread's StreamCloser, if it has one."""
-    if isinstance(sys.getprofile(), StreamCloser):
-        sys.setprofile(None)
+    """Put back what the thread's StreamCloser has replaced, if there is one."""
+    while isinstance(closer := sys.getprofile(), StreamCloser):
+        sys.setprofile(closer.previous)

@@ -35,7 +35,7 @@ def tolerant(llm: Generator) -> Generator:
         return {name: value for name, value in arguments.items() if not is_refused(name, value)}
 
     def create_without_refused(**arguments: Any) -> Any:
-        while True:  # each time without one more of them
+        while True:  # each round leaves out one more, so this ends
             sent = without_refused(arguments)
             try:
                 return create(**sent)
@@ -53,7 +53,7 @@ def tolerant(llm: Generator) -> Generator:
                 log.warning("The model does not support {}={!r}, so it is left out.", error.param, value)
 
     def read(**arguments: Any) -> Iterator[ChatCompletionChunk]:
-        arguments["stream_options"] = {"include_usage": True}  # for traces, too
+        arguments["stream_options"] = {"include_usage": True}  # traces need it, too
         has_finished = False
         try:
             # Without `with`, the connection would stay open until a garbage collection.

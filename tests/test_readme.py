@@ -349,11 +349,13 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
     body = {"model": NAME, "messages": HI, "stream": True}
     with checkout.serve(f"{shlex.quote(sys.executable)} app.py", start=shlex.quote(sys.executable)):
         client = httpx.Client(base_url=checkout.url, timeout=60)
-        assert client.post("/v1/chat/completions", json=body).status_code == 401
+        assert client.post("/v1/chat/completions", json=body).json()["error"]["message"] == "Unauthorized"
+        assert client.get(f"/status/{NAME}").status_code == 200
         assert not upstream.received
         client.headers["Authorization"] = "Bearer geheim"
         assert client.get("/v1/models").status_code == 200
         assert client.post("/deploy_files", json={}).status_code == 401
+        assert client.post("/v1/chat/completions", json={**body, "n": 2}).json()["error"]["type"].startswith("invalid")
         upstream.reply = Reply(status=404, error={"error": {"message": "No."}})
         failed = client.post("/v1/chat/completions", json=body)
         assert (failed.status_code, failed.headers["x-should-retry"]) == (424, "false")
@@ -395,7 +397,11 @@ def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstr
         assert {answer.json()["detail"] for answer in refused} == {"All streams are in use: try again."}
         for _ in range(6):
             upstream.release()
-        assert client.get("/v1/models").status_code == 200
+        upstream.reply = Reply()
+        one.process.kill()
+        one.process.wait()
+        for _ in range(5):  # a dead worker has the fewest connections
+            assert client.get("/v1/models").status_code == 200
 
 
 PREFLIGHT = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
@@ -487,7 +493,7 @@ def test_the_variables_are_those_of_the_code(wrapper_module: Any) -> None:
     example = dict(re.findall(r"^(\w+)=(.*)$", (EXAMPLE / ".env.example").read_text(), re.MULTILINE))
     ours = {name: default for name, default in VARIABLES.items() if not name.startswith("HAYHOOKS")}
     assert set(ours) == set(fields) == set(example) - {"HAYHOOKS_PIPELINES_DIR"}
-    assert ours.pop("OPENAI_API_KEY") == "required"
+    assert ours.pop("OPENAI_API_KEY") == "required by `Settings`"
     assert example["OPENAI_API_KEY"] == ""
     for name, default in ours.items():
         assert default.strip("`") == example[name] == str(fields[name].default)
