@@ -5,9 +5,7 @@ import contextlib
 import inspect
 import sys
 import threading
-import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -42,6 +40,7 @@ class Lockstep:
     """
 
     def __init__(self) -> None:
+        self.is_client_waiting = True  # for the next chunk
         self._over: type[BaseException] | None = None  # once the answer is over: what `running` raises
         self._untaken: dict[int, threading.Lock] = {}  # by the id of a chunk, which Hayhooks passes on as it is
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -59,7 +58,9 @@ class Lockstep:
             # Looked up only now: `end` first sets `_over`, then releases the locks that it finds.
             if not self._over:
                 callback(chunk)
-                taken.acquire()  # waits until `take` or `end` releases it
+                # Waits for `take` or `end`. A chunk that never reaches the client leaves it waiting for another one.
+                while not taken.acquire(timeout=1) and not self.is_client_waiting:
+                    pass
         elif not self._over:
             callback(chunk)
         if self._over:
@@ -67,18 +68,24 @@ class Lockstep:
             raise AnswerOver  # whatever the reason, as a component may catch every Exception
 
     def take(self, chunk: Any) -> None:
-        """Let the thread that sent this chunk continue. Called on the event loop."""
+        """Let the thread that sent this chunk continue: the client wants the next one. Called on the event loop."""
+        self.is_client_waiting = True
         if taken := self._untaken.pop(id(chunk), None):
             taken.release()
+        else:  # another object in place of a chunk that was sent
+            self._release_all()
 
     def end(self, reason: type[BaseException]) -> None:
         """End the components that are still running. Called on the event loop."""
         self._over = self._over or reason
+        self._release_all()
+        for task in self._tasks:
+            task.cancel()
+
+    def _release_all(self) -> None:
         while self._untaken:
             _, taken = self._untaken.popitem()
             taken.release()
-        for task in self._tasks:
-            task.cancel()
 
     def cancel_at_end(self, task: asyncio.Task[Any]) -> None:
         """Let `end` cancel the task in which an async component runs. Called on the event loop."""
@@ -118,7 +125,6 @@ def leads_to_client(callback: Callable[[StreamingChunk], None]) -> bool:
 
 async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
     """Yield the chunks of an answer, each when the client asks for it. Closing this ends the components."""
-    replace_default_executor()
     lockstep = Lockstep()
     try:
         token = CURRENT_LOCKSTEP.set(lockstep)
@@ -128,6 +134,7 @@ async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
             CURRENT_LOCKSTEP.reset(token)
         while chunk is not None:
             timer = asyncio.get_running_loop().call_later(PATIENCE, lockstep.end, ClientStalledError)
+            lockstep.is_client_waiting = False
             try:
                 yield chunk
             finally:
@@ -137,18 +144,3 @@ async def in_lockstep(chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
     finally:
         lockstep.end(AnswerOver)
         await chunks.aclose()
-
-
-LOOPS_WITH_OUR_EXECUTOR: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-
-
-def replace_default_executor() -> None:
-    """Give the event loop an executor with a thread for each stream; asyncio's has only min(32, cores + 4).
-
-    All pipelines of the process use it, and a thread that waits for its upstream can outlive its answer, so the limit
-    is far above MAX_CONCURRENT_STREAMS. The executor starts a thread only when none is idle.
-    """
-    loop = asyncio.get_running_loop()
-    if loop not in LOOPS_WITH_OUR_EXECUTOR:
-        LOOPS_WITH_OUR_EXECUTOR.add(loop)
-        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))

@@ -1,9 +1,11 @@
-"""Turns the chunks of a pipeline into the response to a client, and limits the number of clients."""
+"""Turns the chunks of a pipeline into the response to a client: a thread for each, and a limit on their number."""
 
 import asyncio
 import contextlib
 import functools
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import HTTPException
@@ -58,6 +60,7 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
     """
     if slots.locked():
         raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+    replace_default_executor()
     is_empty, reports_finish = True, False
     async with slots, contextlib.aclosing(in_lockstep(chunks)) as items:  # nothing was awaited since `locked`
         try:
@@ -74,3 +77,18 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
         raise HTTPException(502, "The answer could not be completed.")
     if not reports_finish:
         yield StreamingChunk("", finish_reason="stop")
+
+
+LOOPS_WITH_OUR_EXECUTOR: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+
+def replace_default_executor() -> None:
+    """Give the event loop an executor with a thread for each stream; asyncio's has only min(32, cores + 4).
+
+    All pipelines of the process use it, and a thread that waits for its upstream can outlive its answer, so the limit
+    is far above MAX_CONCURRENT_STREAMS. The executor starts a thread only when none is idle.
+    """
+    loop = asyncio.get_running_loop()
+    if loop not in LOOPS_WITH_OUR_EXECUTOR:
+        LOOPS_WITH_OUR_EXECUTOR.add(loop)
+        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))

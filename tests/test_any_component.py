@@ -454,3 +454,23 @@ def test_a_component_does_not_start_after_the_client_has_left(wrapper_module: An
 
     asyncio.run(ask_and_leave())  # until the threads have ended
     assert not words.runs
+
+
+@pytest.mark.parametrize(("dropped", "expected"), [("", ["ONE", "TWO", ""]), ("one", ["TWO", ""])])
+def test_a_method_may_change_or_drop_chunks(wrapper_module: Any, dropped: str, expected: list[str]) -> None:
+    pipeline = AsyncPipeline()
+    pipeline.add_component("one", wrapper_module.stoppable(Words()))
+
+    @wrapper_module.openai_response  # type: ignore[untyped-decorator]
+    async def chat(self: Any, model: str, messages: Any, body: dict[str, Any]) -> Any:
+        chunks = async_streaming_generator(
+            pipeline=pipeline,
+            pipeline_run_args={"one": {"words": ["one", "two"]}},
+            allow_sync_streaming_callbacks=True,
+        )
+        return (StreamingChunk(chunk.content.upper()) async for chunk in chunks if chunk.content != dropped)
+
+    async def ask() -> list[str]:
+        return [chunk.content async for chunk in await chat(None, "", [], {})]
+
+    assert asyncio.run(ask()) == expected

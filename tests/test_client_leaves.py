@@ -130,7 +130,7 @@ def test_a_failure_after_the_client_left_is_not_logged(wrapper: Any, upstream: U
         reading = asyncio.create_task(anext(chunks))
         await asyncio.sleep(0)  # the task starts, and the thread reads the next chunk
         reading.cancel()
-        await asyncio.wait([reading], timeout=1)  # Hayhooks 1 waits for the thread
+        await asyncio.wait([reading])
         upstream.release()
         await asyncio.gather(reading, return_exceptions=True)
         if others := asyncio.all_tasks() - {asyncio.current_task()}:

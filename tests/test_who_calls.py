@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import httpx
@@ -156,8 +155,6 @@ def test_responses_are_not_offered(chat: Chat) -> None:
 
 @pytest.fixture(scope="module")
 def a2a_server(shared_upstream: Upstream) -> Iterator[Server]:
-    if not find_spec("hayhooks.cli.a2a"):
-        pytest.skip("this release of Hayhooks has no A2A server")
     with deployed(command="a2a run", OPENAI_BASE_URL=shared_upstream.url) as server:
         yield server
 
