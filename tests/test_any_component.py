@@ -122,6 +122,7 @@ def test_a_failure_with_a_status_goes_by_the_table(
         pytest.skip("this Haystack does not wrap what a component raises, and the context of that is lost")
     failed = chat.post(f"{how} {status}", stream=stream)
     assert failed.status_code == answered
+    assert failed.headers.get("retry-after") == ("7" if status in (429, 503) else None)
     assert "/opt" not in failed.text
 
 

@@ -91,6 +91,7 @@ TURNS = "user: I am {{ Ada }}.\n\nassistant: Hello Ada.\n\nuser: the question"
         ([user([IMAGE]), assistant(" "), USER], None, "the question"),
         ([USER, TOOL], None, "the question"),
         ([USER, assistant("")], None, "the question"),
+        ([USER, user([IMAGE]), assistant("w0 w1")], None, "user: the question\n\nassistant: w0 w1"),
         ([USER, assistant("w0 w1")], None, "user: the question\n\nassistant: w0 w1"),
         ([USER, assistant(parts("w0 ", "w1"))], None, "user: the question\n\nassistant: w0 w1"),
         ([user("cut \ud83d"), assistant("off \ude00"), USER], None, None),

@@ -26,6 +26,7 @@ class StatusError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"at /opt/models: {status}")
         self.status_code = status
+        self.headers = {"Retry-After": 7}
 
 
 def raise_deeply(status: int) -> None:
