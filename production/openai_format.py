@@ -50,9 +50,10 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
             yield delta_event({"role": "assistant", "content": ""})
             while item is not None:
                 if isinstance(item, StreamingChunk):
-                    is_end = finish_reason_in(item) or (finish_reason and usage_in(item))
-                    finish_reason = finish_reason_in(item) or finish_reason
-                    usage = usage_in(item) or usage  # some upstreams send it early, or with each chunk
+                    its_reason, its_usage = finish_reason_in(item), usage_in(item)
+                    is_end = its_reason or (finish_reason and its_usage)
+                    finish_reason = its_reason or finish_reason
+                    usage = its_usage or usage  # some upstreams send it early, or with each chunk
                     # While a model reasons, its chunks have no text, and proxies cut idle connections.
                     if item.content or not (is_end or item is first):
                         yield delta_event({"content": text_of(item.content)})

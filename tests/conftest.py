@@ -11,7 +11,7 @@ import pytest
 from harness import other_wrapper
 from harness.client import Chat
 from harness.environments import CACHE
-from harness.serving import KEY, PATIENCE, TESTS_OTHER_WRAPPER, Server, deployed, load_wrapper
+from harness.serving import KEY, TESTS_OTHER_WRAPPER, Server, deployed, load_wrapper
 from harness.upstream import Upstream
 
 # What is said of this folder, and not of every wrapper that keeps the contract.
@@ -39,13 +39,6 @@ def pytest_report_header() -> list[str]:
     return [f"left out, as they test this folder: {', '.join(THIS_FOLDER)}"] if TESTS_OTHER_WRAPPER else []
 
 
-def client_of(server: Server) -> Chat:
-    chat = Chat(server)
-    chat.http.timeout = PATIENCE
-    chat.sdk = chat.sdk.with_options(timeout=PATIENCE)
-    return chat
-
-
 @pytest.fixture(scope="session")
 def shared_upstream() -> Iterator[Upstream]:
     with other_wrapper.UnframedUpstream() if TESTS_OTHER_WRAPPER else Upstream() as upstream:
@@ -68,7 +61,7 @@ def server(shared_upstream: Upstream) -> Iterator[Server]:
 
 @pytest.fixture
 def chat(server: Server, upstream: Upstream) -> Chat:
-    return client_of(server)
+    return Chat(server)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +73,7 @@ def small_server(shared_upstream: Upstream) -> Iterator[Server]:
 @pytest.fixture
 def small(small_server: Server, upstream: Upstream) -> Chat:
     """A client of a server that waits one second for the upstream, and has eight slots."""
-    return client_of(small_server)
+    return Chat(small_server)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import httpx
 import pytest
 import yaml
 from harness.client import Chat, events_of, text_of, texts_of
-from harness.elsewhere import ONE_RUN_IS_ENOUGH, served_from
+from harness.elsewhere import ONE_RUN_IS_ENOUGH, served_from, write_pipelines
 from harness.readme import block, blocks
 from harness.serving import EXAMPLE, KEY, NAME, Server, copy_wrapper, deployed, free_port, hayhooks, running, wait_until
 from harness.upstream import Reply, Upstream
@@ -76,10 +76,7 @@ def recipes(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory)
         "any_component": recipe("any_component"),
         "async_way": recipe("async_way"),
     }
-    for name, files in pipelines.items():
-        copy_wrapper(EXAMPLE / "production", folder / name / "production")
-        for file, source in files.items():
-            (folder / name / file).write_text(source)
+    write_pipelines(folder, pipelines)
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": shared_upstream.url, "HAYHOOKS_PIPELINES_DIR": str(folder)}
     with hayhooks(AZURE_OPENAI_API_KEY=KEY, HAYHOOKS_STARTUP_DEPLOY_STRATEGY="sequential", **variables) as server:
         yield server

@@ -17,7 +17,7 @@ class Chat:
     def __init__(self, server: Server, done: bool = True) -> None:
         self.server, self.done = server, done
         self.http = httpx.Client(base_url=server.url, timeout=PATIENCE, limits=httpx.Limits(max_connections=None))
-        self.sdk = openai.OpenAI(api_key="unused", base_url=f"{server.url}/v1", max_retries=0)
+        self.sdk = openai.OpenAI(api_key="unused", base_url=f"{server.url}/v1", timeout=PATIENCE, max_retries=0)
 
     def request(self, messages: Any = "Hi", **body: Any) -> dict[str, Any]:
         """Return a request; a plain string stands for one message from the user."""

@@ -66,6 +66,14 @@ def wrapper_of(component: str, arguments: str = "", inputs: str = PROMPT) -> str
     return WRAPPER.format(module=module, name=name, arguments=arguments, inputs=inputs)
 
 
+def write_pipelines(folder: Path, pipelines: dict[str, dict[str, str]]) -> None:
+    """Write the files of pipelines, each into a folder of its name beside a copy of `production`."""
+    for name, files in pipelines.items():
+        serving.copy_wrapper(serving.EXAMPLE / "production", folder / name / "production")
+        for file, source in files.items():
+            (folder / name / file).write_text(source)
+
+
 @contextlib.contextmanager
 def served_from(environment: str, pipelines: dict[str, dict[str, str]], **variables: str) -> Iterator[serving.Server]:
     """Serve pipelines, the files of each by its name, from an environment; skip the test if it cannot be installed."""
@@ -74,10 +82,7 @@ def served_from(environment: str, pipelines: dict[str, dict[str, str]], **variab
     except InstallError as error:
         pytest.skip(f"{environment} cannot be installed: {error}")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        for name, files in pipelines.items():
-            serving.copy_wrapper(serving.EXAMPLE / "production", Path(folder, name, "production"))
-            for file, source in files.items():
-                Path(folder, name, file).write_text(source)
+        write_pipelines(Path(folder), pipelines)
         # Two that import the same package in parallel can fail.
         here = {"HAYHOOKS_PIPELINES_DIR": folder, "HAYHOOKS_STARTUP_DEPLOY_STRATEGY": "sequential"}
         with pytest.MonkeyPatch.context() as patch:
