@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
-from harness.elsewhere import ONE_RUN_IS_ENOUGH, served_from
+from harness.elsewhere import ONE_RUN_IS_ENOUGH, let_clients_pause, served_from
 from harness.serving import EXAMPLE, NAME, hayhooks, wait_until
 from hayhooks import async_streaming_generator
 from haystack import AsyncPipeline, Pipeline, component
@@ -25,10 +25,7 @@ def own(folder: Path, patience: int = 60) -> Path:
     """Return a folder with a pipeline of one's own and the package; a client may pause for `patience` seconds."""
     shutil.copytree(EXAMPLE / "production", folder / "production")
     shutil.copy(HARNESS / "own_wrapper.py", folder / "pipeline_wrapper.py")
-    lockstep = folder / "production" / "lockstep.py"
-    code = lockstep.read_text()
-    assert code.count("PATIENCE = 60") == 1
-    lockstep.write_text(code.replace("PATIENCE = 60", f"PATIENCE = {patience}"))
+    let_clients_pause(folder, patience)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.elsewhere import let_clients_pause
 from harness.serving import KEY, TESTS_OTHER_WRAPPER, WRAPPER, Server, copy_wrapper, deployed, wait_until
 from harness.upstream import Reply, Upstream
 
@@ -90,9 +91,7 @@ def test_leaving_before_the_first_chunk_frees_the_slot(small: Chat, upstream: Up
 def test_a_client_that_reads_no_more_fails_and_finds_the_failure(upstream: Upstream, tmp_path: Path) -> None:
     impatient = tmp_path / "impatient"
     copy_wrapper(WRAPPER, impatient)
-    code = (impatient / "production" / "lockstep.py").read_text()
-    assert code.count("PATIENCE = 60") == 1
-    (impatient / "production" / "lockstep.py").write_text(code.replace("PATIENCE = 60", "PATIENCE = 1"))
+    let_clients_pause(impatient, 1)
     upstream.reply = Reply(["x" * 64 * 1024] * 10_000, pace=0.001)
     with deployed(wrapper=impatient, OPENAI_BASE_URL=upstream.url) as server, Chat(server).open() as events:
         next(texts_of(events))

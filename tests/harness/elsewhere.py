@@ -74,6 +74,14 @@ def write_pipelines(folder: Path, pipelines: dict[str, dict[str, str]]) -> None:
             (folder / name / file).write_text(source)
 
 
+def let_clients_pause(folder: Path, seconds: int) -> None:
+    """Change how long a client may stop reading, in the copy of `production` in a folder."""
+    lockstep = folder / "production" / "lockstep.py"
+    code = lockstep.read_text()
+    assert code.count("PATIENCE = 60") == 1
+    lockstep.write_text(code.replace("PATIENCE = 60", f"PATIENCE = {seconds}"))
+
+
 @contextlib.contextmanager
 def served_from(environment: str, pipelines: dict[str, dict[str, str]], **variables: str) -> Iterator[serving.Server]:
     """Serve pipelines, the files of each by its name, from an environment; skip the test if it cannot be installed."""
