@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, TypeVar
 
-from .lockstep import CURRENT_LOCKSTEP
+from .lockstep import CURRENT_LOCKSTEP, Callback, Lockstep
 
 Component = TypeVar("Component", bound=Any)
 
@@ -13,47 +15,50 @@ Component = TypeVar("Component", bound=Any)
 def stoppable(component: Component) -> Component:
     """Make a component end when its client leaves, and return it.
 
-    In an answer, the `streaming_callback` of a sync component waits for the client; when the client has left, it raises
-    an exception that is not an Exception, and the streams that the component was reading are closed. An async component
-    is cancelled. Outside of an answer, nothing changes.
+    In an answer, a sync component is at most eight chunks ahead of its client. When the client has left, the
+    `streaming_callback` raises a BaseException, and the streams that the component was reading are closed. An async
+    component is cancelled. Outside of an answer, nothing changes.
 
     Raises TypeError if the component's `run` takes no `streaming_callback`.
     """
     if "streaming_callback" not in getattr(component, "__haystack_input__", ()):  # the inputs that Haystack knows
-        raise TypeError(f"{type(component).__name__} is not a component whose run takes a streaming_callback")
+        raise TypeError(f"{type(component).__name__} is not a component whose run takes a streaming_callback.")
+    if "_is_stoppable" in vars(component):
+        return component
+    component._is_stoppable = True
     original_run = late_bound(component, "run")
 
-    @functools.wraps(component.run)  # Haystack and Hayhooks read its signature
-    def run(*args: Any, **inputs: Any) -> Any:
+    @functools.wraps(type(component).run)  # Haystack and Hayhooks read its signature
+    def run(self: Any, *args: Any, **inputs: Any) -> Any:
         lockstep, callback = CURRENT_LOCKSTEP.get(), inputs.get("streaming_callback")
-        if lockstep is None or callback is None:  # outside of an answer, or not one of its streaming_components
-            return original_run(*args, **inputs)
-        with lockstep.running():
-            return original_run(*args, **{**inputs, "streaming_callback": functools.partial(lockstep.send, callback)})
+        if lockstep is None:  # outside of an answer
+            return original_run(self, *args, **inputs)
+        if callback is not None and not inspect.iscoroutinefunction(callback):  # which Haystack refuses
+            inputs["streaming_callback"] = in_step(lockstep, self, callback)
+        return lockstep.run(lambda: original_run(self, *args, **inputs))
 
-    component.run = run
+    component.run = MethodType(run, component)  # a deep copy of the component gets a method of its own
     if hasattr(component, "run_async"):
         original_run_async = late_bound(component, "run_async")
 
-        @functools.wraps(component.run_async)
-        async def run_async(*args: Any, **inputs: Any) -> Any:
-            lockstep, task = CURRENT_LOCKSTEP.get(), asyncio.current_task()
-            if lockstep is None or task is None:
-                return await original_run_async(*args, **inputs)
-            lockstep.cancel_at_end(task)  # Haystack 2 does not cancel it when it cancels the pipeline
-            with lockstep.running():
-                return await original_run_async(*args, **inputs)
+        @functools.wraps(type(component).run_async)
+        async def run_async(self: Any, *args: Any, **inputs: Any) -> Any:
+            lockstep, call = CURRENT_LOCKSTEP.get(), functools.partial(original_run_async, self, *args, **inputs)
+            return await (call() if lockstep is None else lockstep.run_async(call))
 
-        component.run_async = run_async
+        component.run_async = MethodType(run_async, component)
     return component
+
+
+def in_step(lockstep: Lockstep, component: Any, callback: Callback) -> Callback:
+    """Return the callback for a run of a sync component in an answer."""
+    leads_to_client = getattr(callback, "__module__", "").startswith("hayhooks.")
+    # On the event loop's own thread it must not wait: nobody could read a chunk meanwhile.
+    can_wait = leads_to_client and asyncio._get_running_loop() is None
+    return lockstep.paced(component, callback) if can_wait else lockstep.stopping(callback)
 
 
 def late_bound(component: Any, name: str) -> Callable[..., Any]:
     """Return a function that calls a component's method, and looks it up in the class each time: tracers replace it."""
     own = vars(component).get(name)  # a replacement for this component alone
-
-    def call(*args: Any, **inputs: Any) -> Any:
-        method = own or getattr(type(component), name).__get__(component)
-        return method(*args, **inputs)
-
-    return call
+    return lambda self, *args, **inputs: (own or getattr(type(self), name).__get__(self))(*args, **inputs)

@@ -1,27 +1,44 @@
 """Turns the failure of an answer, whichever SDK raised it, into what the client may know about it."""
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from .request import replace_lone_surrogates
+from .text import SurrogateDecoder
+
+FAILED = "The answer could not be completed."
+TOO_LATE = "The upstream did not answer in time."
+BUSY = "The upstream is busy, or its quota is used up."
+NO_CREDENTIALS = "The upstream refused the server's credentials."
+REFUSED = "The upstream refused the request."
+
+# OpenAI's SDKs obey this header. Agents ask again after a 5xx for minutes, and after a 424, but not after a 400.
+NO_RETRY = {"x-should-retry": "false"}
+MAX_MESSAGE = 1000  # characters
+MARKUP = re.compile(r"<[a-zA-Z!/][^>]*>")
 
 
-def as_http_exception(error: BaseException) -> HTTPException:
-    """Return the status and the sentence for a client whose answer failed with this error."""
+def as_http_exception(error: BaseException, of_upstream: Sequence[BaseException] = ()) -> HTTPException:
+    """Return the status and the sentence for a client whose answer failed with this error.
+
+    What caused it counts if it is an HTTPException, or if it has a status and is among, or caused, the errors of the
+    upstream. All else, such as the error of a retriever, is the server's own failure.
+    """
     with contextlib.suppress(Exception):  # an attribute of a foreign error can itself raise
+        is_of_upstream = False
         for cause in causes_of(error):
-            if isinstance(cause, HTTPException):
-                return cause
-            status = getattr(cause, "status_code", None) or getattr(response_of(cause), "status_code", None)
-            if isinstance(status, int):
+            if isinstance(cause, StarletteHTTPException):
+                return HTTPException(cause.status_code, cause.detail, cause.headers)
+            is_of_upstream = is_of_upstream or any(cause is one for one in of_upstream)
+            if is_of_upstream and (status := status_of(cause)):
                 return failure_with(status, cause)
-            if "Timeout" in type(cause).__name__:  # each SDK has its own
-                return HTTPException(504, "The upstream did not answer in time.")
-    return HTTPException(502, "The answer could not be completed.")
+            if is_of_upstream and "Timeout" in type(cause).__name__:  # each SDK has its own
+                return HTTPException(504, TOO_LATE)
+    return HTTPException(502, FAILED)
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
@@ -37,73 +54,74 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
             pending += [*getattr(cause, "exceptions", ()), context, cause.__cause__]  # taken from the end
 
 
-# OpenAI's SDKs obey this header, and most other clients do not retry a 4xx. Agents retry a 5xx for minutes.
-NO_RETRY = {"x-should-retry": "false"}
+def status_of(error: BaseException) -> int | None:
+    """Return the status that the upstream sent, from where most SDKs, botocore or Google's keep it."""
+    response = response_of(error)
+    found = [getattr(error, "status_code", None), getattr(response, "status_code", None)]
+    if isinstance(response, dict):
+        found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    if isinstance(error, Exception):  # SystemExit has a code, too
+        found.append(getattr(error, "code", None))
+    return next((status for status in found if isinstance(status, int) and 400 <= status < 600), None)
 
 
 def failure_with(status: int, error: BaseException) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed because the upstream sent this status."""
     match status:
         case 400 | 422:
-            return HTTPException(status, replace_lone_surrogates(without_key(message_of(error), error)))
-        case 429 | 503:
+            return HTTPException(400, message_of(error) or REFUSED)
+        case 429 | 503 | 529:
             retry_after = headers_of(response_of(error)).get("retry-after")
-            headers = {"Retry-After": str(retry_after)} if retry_after else None
-            return HTTPException(status, "The upstream is busy, or its quota is used up.", headers)
+            return HTTPException(429, BUSY, {"Retry-After": retry_after} if retry_after else None)
         case 401 | 403:
-            return HTTPException(424, "The upstream refused the server's credentials.", NO_RETRY)
+            return HTTPException(400, NO_CREDENTIALS, NO_RETRY)
         case 408 | 504:
-            return HTTPException(504, "The upstream did not answer in time.")
-        case _ if 400 <= status < 500 and status != 409:  # a 409 may succeed later
-            return HTTPException(424, "The upstream refused the request.", NO_RETRY)
-    return HTTPException(502, "The answer could not be completed.")
+            return HTTPException(504, TOO_LATE)
+        case _ if status < 500 and status != 409:  # a 409 may succeed later
+            return HTTPException(400, REFUSED, NO_RETRY)
+    return HTTPException(502, FAILED)
 
 
-def message_of(error: Any) -> str:
-    """Return the upstream's message. Some SDKs keep the body of its error, some the response, Ollama's the message."""
+def message_of(error: Any) -> str | None:
+    """Return the sentence that the upstream wrote for a person, without the key of the request, or None."""
     response = response_of(error)
-    reads: list[Callable[[], Any]] = [
-        lambda: error.body,
-        lambda: response.json(),
-        lambda: response.text,
-        lambda: error.error,
-    ]
-    for read in reads:
-        with contextlib.suppress(Exception):
-            if body := read():
-                return message_in(body)
-    return "The upstream refused the request."
+    # Most SDKs keep the response; some only the body, Ollama's only the message, botocore's a dict.
+    bodies = [response, getattr(error, "body", None), {"error": getattr(error, "error", None)}]
+    with contextlib.suppress(Exception):  # it is no JSON, or was not read
+        bodies.insert(0, response.json())
+    message = next(filter(None, map(message_in, bodies)), None)
+    if not message or MARKUP.search(message):
+        return None
+    for name, value in headers_of(getattr(response, "request", None)).items():
+        key = value.split(" ")[-1]  # without "Bearer"
+        if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:  # a shorter one may be a word
+            message = message.replace(key, "[key]")
+    return SurrogateDecoder().decode(message[:MAX_MESSAGE], is_last=True)
 
 
-def message_in(body: Any) -> str:
-    """Return the message in the body of an error, which may have OpenAI's form, FastAPI's, Gemini's or another."""
+def message_in(body: Any) -> str | None:
+    """Return the message in the body of an error, which may have OpenAI's form, FastAPI's, Cloudflare's or another."""
     match body:
-        case str():
-            return body
         case [inner, *_]:
             return message_in(inner)
+        case {"msg": str(message), "loc": [*_, field]}:
+            return f"{field}: {message}"
         case dict():
-            for name in ("message", "detail", "msg", "error"):
-                if body.get(name):
-                    return message_in(body[name])
-    return json.dumps(body, default=str)
-
-
-def without_key(message: str, error: BaseException) -> str:
-    """Return the message without the key of the failed request. A short key is no secret, and may be part of a word."""
-    for name, value in headers_of(getattr(response_of(error), "request", None)).items():
-        key = value.split(" ")[-1]  # without "Bearer"
-        if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:
-            message = message.replace(key, "[key]")
-    return message
+            found = [body.get(name) for name in ("message", "Message", "detail", "msg", "error", "Error", "errors")]
+            return next(filter(None, (one if isinstance(one, str) else message_in(one) for one in found)), None)
+    return None
 
 
 def response_of(error: BaseException) -> Any:
-    """Return the response that an SDK keeps with an error, or the error, which then may have what a response has."""
-    response = getattr(error, "response", None)
-    return error if response is None else response
+    """Return the response that an SDK keeps with an error, or with the one before it, as Ollama's.
+
+    Without one, returns the error, which then may have what a response has.
+    """
+    kept = [getattr(one, "response", None) for one in (error, error.__context__)]
+    return next((response for response in kept if response is not None), error)
 
 
-def headers_of(request_or_response: Any) -> dict[str, str]:
-    """Return the headers by their names in lower case, if there are any."""
-    return {name.lower(): value for name, value in (getattr(request_or_response, "headers", None) or {}).items()}
+def headers_of(message: Any) -> dict[str, str]:
+    """Return the headers of a request or a response by their names in lower case, if there are any."""
+    headers = (getattr(message, "headers", None) or {}).items()
+    return {str(name).lower(): value.decode() if isinstance(value, bytes) else str(value) for name, value in headers}

@@ -7,30 +7,63 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi import HTTPException
 from fastapi_openai_compat import ChatCompletion, Choice, Message
-from hayhooks import log
 from haystack.dataclasses import StreamingChunk
 
 from .failure import as_http_exception
-from .request import text_of
+from .text import SurrogateDecoder, text_of
+
+REASONS = ("finish_reason", "done_reason", "stop_reason")  # as SDKs name it in a chunk's `meta`
+# Anthropic's words, and Haystack's for an Agent's last step. All others go to the client as they are.
+IN_OPENAIS_WORDS = {
+    **dict.fromkeys(("end_turn", "stop_sequence", "tool_call_results"), "stop"),
+    **dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "length"),
+    "tool_use": "tool_calls",
+}
+
+
+class Ending:
+    """What the chunks of an answer say about its end. The last word counts: each step of an Agent has an end."""
+
+    def __init__(self) -> None:
+        self.usage: dict[str, Any] | None = None
+        self._reason: str | None = None
+        self._is_reported = False
+
+    def note(self, chunk: StreamingChunk) -> bool:
+        """Take what a chunk says; returns whether the chunk is about the end."""
+        reason, usage = finish_reason_in(chunk), usage_in(chunk)
+        # Even a None is a report: a component whose chunks have the field, but no reason, may have been cut off.
+        self._is_reported = self._is_reported or reason is not None or "finish_reason" in chunk.meta
+        self._reason, self.usage = reason or self._reason, usage or self.usage
+        return bool(reason or (self._reason and usage))  # some upstreams send usage early, or with each chunk
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The finish_reason of an answer that did not fail: "stop" if the component never reports one."""
+        return self._reason if self._is_reported else "stop"
 
 
 def finish_reason_in(chunk: StreamingChunk) -> str | None:
-    reason = chunk.finish_reason or chunk.meta.get("finish_reason")  # in OpenAI's words, or else in the upstream's own
-    if reason == "tool_call_results":  # an Agent's last step; OpenAI has no such word
-        return "stop"
-    return reason if isinstance(reason, str) else None
+    """Return the finish_reason in a chunk, in OpenAI's words where they are known."""
+    delta = chunk.meta.get("delta")  # where Anthropic has it
+    sources = [chunk.meta, delta] if isinstance(delta, dict) else [chunk.meta]
+    found = [chunk.finish_reason, *(source.get(name) for source in sources for name in REASONS)]
+    reason = next((one for one in found if one and isinstance(one, str)), None)
+    return reason and IN_OPENAIS_WORDS.get(reason, reason)
 
 
 def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
-    """Return the usage, without nulls, if it has OpenAI's names and can be sent as JSON, or else None."""
-    usage = chunk.meta.get("usage")
-    with contextlib.suppress(TypeError, ValueError):
-        if isinstance(usage, dict) and "prompt_tokens" in usage:
-            text = json.dumps(usage)
-            return json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if v is not None})
-    return None
+    """Return the usage in a chunk, if it has OpenAI's names: some clients fail at any other."""
+    usage = numbers_in(chunk.meta.get("usage"))
+    return usage if {"prompt_tokens", "completion_tokens"} <= usage.keys() else None
+
+
+def numbers_in(usage: Any) -> dict[str, Any]:
+    """Return a usage without its nulls, and without all else that is no number."""
+    values = usage.items() if isinstance(usage, dict) else ()
+    details = {name: numbers_in(value) for name, value in values if isinstance(value, dict)}
+    return {name: value for name, value in values if isinstance(value, int | float)} | details
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
@@ -38,52 +71,47 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
 
     If the answer fails, there is an error event before `[DONE]`. Without it, the answer would look complete.
     """
-    head = head_of("chat.completion.chunk", model)
+    head, ending, decoder = head_of("chat.completion.chunk", model), Ending(), SurrogateDecoder()
 
     def delta_event(delta: dict[str, str], finish_reason: str | None = None) -> Event:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return Event(json.dumps({**head, "choices": [choice]}))
+        return Event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
 
-    item, finish_reason, usage = first, None, None
+    item, end = first, object()
     try:
         async with contextlib.aclosing(rest):
             yield delta_event({"role": "assistant", "content": ""})
-            while item is not None:
+            while item is not end:
                 if isinstance(item, StreamingChunk):
-                    its_reason, its_usage = finish_reason_in(item), usage_in(item)
-                    is_end = its_reason or (finish_reason and its_usage)
-                    finish_reason = its_reason or finish_reason
-                    usage = its_usage or usage  # some upstreams send it early, or with each chunk
+                    is_about_end = ending.note(item)
                     # While a model reasons, its chunks have no text, and proxies cut idle connections.
-                    if item.content or not (is_end or item is first):
-                        yield delta_event({"content": text_of(item.content)})
+                    if item.content or not (is_about_end or item is first):
+                        yield delta_event({"content": decoder.decode(text_of(item.content))})
                 else:
                     yield item  # what Hayhooks' callbacks add, such as the event of a tool
-                item = await anext(rest, None)
-        if finish_reason:
-            yield delta_event({}, finish_reason)
-        if usage and include_usage:
-            yield Event(json.dumps({**head, "choices": [], "usage": usage}))
+                item = await anext(rest, end)
+        if half_an_emoji := decoder.decode("", is_last=True):
+            yield delta_event({"content": half_an_emoji})
+        if ending.finish_reason:
+            yield delta_event({}, ending.finish_reason)
+        if ending.usage and include_usage:
+            yield Event({**head, "choices": [], "usage": ending.usage})
     except Exception as error:
-        if not isinstance(error, HTTPException):
-            log.opt(exception=True).error("The chunks cannot be read: {}", error)
-        failure = as_http_exception(error)
-        yield Event(json.dumps({"error": {"message": str(failure.detail), "type": "server_error"}}))
-    yield Event("[DONE]")
+        yield Event({"error": {"message": str(as_http_exception(error).detail), "type": "server_error"}})
+    yield Event()
 
 
 class Event(ChatCompletion):
-    """An event whose data Hayhooks sends as it is.
+    """An event with this data, or else with `[DONE]`, which Hayhooks sends as it is.
 
     Its own events have nulls, on which OpenAI's Node SDK throws, and keys beside `error`, which some clients overlook.
     """
 
     _data: str
 
-    def __init__(self, data: str) -> None:
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
         # Hayhooks sends what `model_dump_json` returns, but only of a ChatCompletion, which requires these fields.
         super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])
-        self._data = data
+        self._data = json.dumps(data) if data else "[DONE]"
 
     def model_dump_json(self, **_: Any) -> str:
         return self._data
@@ -91,14 +119,14 @@ class Event(ChatCompletion):
 
 async def as_completion(answer: AsyncGenerator[Any], model: str) -> ChatCompletion:
     """Join the chunks of an answer into one whole completion."""
-    text, finish_reason, usage = "", None, None
+    text, ending = "", Ending()
     async for item in answer:
         if isinstance(item, StreamingChunk):
             text += text_of(item.content)
-            finish_reason = finish_reason_in(item) or finish_reason
-            usage = usage_in(item) or usage
-    choice = Choice(index=0, message=Message(role="assistant", content=text), finish_reason=finish_reason)
-    return ChatCompletion(**head_of("chat.completion", model), choices=[choice], usage=usage)
+            ending.note(item)
+    message = Message(role="assistant", content=SurrogateDecoder().decode(text, is_last=True))
+    choice = Choice(index=0, message=message, finish_reason=ending.finish_reason)
+    return ChatCompletion(**head_of("chat.completion", model), choices=[choice], usage=ending.usage)
 
 
 def head_of(kind: str, model: str) -> dict[str, Any]:

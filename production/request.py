@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
+from .text import SurrogateDecoder, text_of, text_of_part
+
 PARAMETERS = (
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "max_completion_tokens",
-    "stop",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "response_format",
-    "reasoning_effort",
-    "verbosity",
+    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "seed", "response_format", "reasoning_effort", "verbosity"),
 )
+MAX_PARAMETERS_KIB = 64  # Haystack deep-copies them on the event loop, and large ones would hold up all streams
+
+NO_TEXT = "messages must have text from the user."
+UNKNOWN_ROLE = "messages must each have one of OpenAI's roles."
+NOT_ONLY_TEXT = "messages: this model reads text only, so remove the image or file from your last message."
+BLANK = "messages: your last message is blank, so write something."
+ONE_CHOICE = "n must be 1."
+NO_TOOLS = "tool_choice must be auto or none, as this model answers with text only."
+PARAMETERS_TOO_LARGE = f"must be valid JSON of at most {MAX_PARAMETERS_KIB} KiB together."
 
 
 class Conversation(NamedTuple):
@@ -30,87 +31,66 @@ class Conversation(NamedTuple):
 
     system_prompt: str | None  # from the system messages before the first turn
     prompt: str  # all turns, with their roles; if there is only one, its text alone
-    question: str  # the last text from the user; if there is none, the system prompt
+    question: str  # the last text from the user; if there is none, from the system
 
 
 def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
     """Return the conversation in the messages; raises HTTPException if there is nothing to answer."""
     instructions: list[str] = []
     turns: list[tuple[str, str]] = []
-    problem = None  # with the last turn so far
+    problem = None  # with the last message from the user, unless the assistant has answered it
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        text = text_of(content)
+        text = SurrogateDecoder().decode(text_of(content, separator="\n"), is_last=True)
         match role:
             case "system" | "developer":
-                if text.strip() and turns:
-                    turns.append(("system", text))  # some agents send the results of their tools in this way
-                elif text.strip():
-                    instructions.append(text)
+                role = "system"
             case "user":
                 problem = problem_with(content)
-                if text.strip():
-                    turns.append(("user", text))
             case "assistant":
-                if text.strip():  # as the last turn, it asks the model to continue it
-                    problem = None
-                    turns.append(("assistant", text))
+                problem = None if text.strip() else problem
             case "tool" | "function":
-                pass
+                continue
             case _:
-                raise HTTPException(400, "Each of the messages must have one of OpenAI's roles.")
+                raise HTTPException(400, UNKNOWN_ROLE)
+        if text.strip() and role == "system" and not turns:
+            instructions.append(text)
+        elif text.strip():
+            turns.append((role, text))  # also a system message: some agents send the results of their tools in this way
     if problem:
         raise HTTPException(400, problem)
     system_prompt = "\n".join(instructions) or None
-    questions = [text for role, text in turns if role == "user"]
-    if not questions:
-        if not system_prompt:
-            raise HTTPException(400, "The messages must have text from the user.")
+    if system_prompt and not any(role == "user" for role, _ in turns):
         # Some front-ends ask for a title in a system message, without a message from the user.
         turns.insert(0, ("system", system_prompt))
-        questions, system_prompt = [system_prompt], None
+        system_prompt = None
+    questions = [text for wanted in ("user", "system") for role, text in reversed(turns) if role == wanted]
+    if not questions:
+        raise HTTPException(400, NO_TEXT)
     prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-    return Conversation(system_prompt, prompt, questions[-1])
-
-
-def text_of(content: Any) -> str:
-    """Return the text in a message's content, which is a string, a list of parts or null."""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if is_text_part(part))
-    return replace_lone_surrogates(content) if isinstance(content, str) else ""
+    return Conversation(system_prompt, prompt, questions[0])
 
 
 def problem_with(content: Any) -> str | None:
     """Return a sentence that tells the user why a message cannot be answered, or None if it can."""
-    if isinstance(content, list) and not all(is_text_part(part) for part in content):
-        return "This model reads text only: remove the image or file from the last of your messages."
-    if not text_of(content).strip():
-        return "The last of your messages is blank: write something."
-    return None
-
-
-def is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def replace_lone_surrogates(text: str) -> str:
-    """Replace unpaired surrogates, which UTF-8 cannot encode. JavaScript's `slice` makes them out of emojis."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(content, list) and None in map(text_of_part, content):
+        return NOT_ONLY_TEXT
+    return None if text_of(content).strip() else BLANK
 
 
 def parse_parameters(body: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters in a request's body, without its other fields; raises HTTPException."""
     if body.get("n") not in (None, 1):
-        raise HTTPException(400, "n must be 1.")
+        raise HTTPException(400, ONE_CHOICE)
     match body.get("tool_choice"):
-        case "required" | {"type": "function" | "custom"}:
-            raise HTTPException(400, "tool_choice must be auto or none, as this model answers with text only.")
-    parameters = {name: body[name] for name in PARAMETERS if body.get(name) is not None}
+        case "required" | {"type": "function" | "custom"} | {"allowed_tools": {"mode": "required"}}:
+            raise HTTPException(400, NO_TOOLS)
+    # An empty value means nothing, and some models refuse it.
+    parameters = {name: body[name] for name in PARAMETERS if body.get(name) not in (None, "", [], {})}
     try:
-        # Haystack deep-copies the parameters on the event loop, and large ones would hold up all streams.
-        is_acceptable = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()) <= 64 * 1024
+        size = len(json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode())
     except (ValueError, RecursionError):  # a NaN, a lone surrogate or too many levels
-        is_acceptable = False
-    if not is_acceptable:
-        raise HTTPException(400, f"{', '.join(parameters)} must be valid JSON of at most 64 KiB together.")
+        size = -1
+    if not 0 <= size <= MAX_PARAMETERS_KIB * 1024:
+        raise HTTPException(400, f"{', '.join(parameters)} {PARAMETERS_TOO_LARGE}")
     return parameters

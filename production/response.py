@@ -12,10 +12,13 @@ from fastapi import HTTPException
 from hayhooks import log
 from haystack.dataclasses import StreamingChunk
 
-from .failure import as_http_exception
-from .lockstep import in_lockstep
+from .failure import FAILED, as_http_exception
+from .lockstep import CURRENT_LOCKSTEP, Lockstep
 from .openai_format import as_completion, as_events
 from .settings import Limits
+
+NO_SLOT = "All streams are in use: try again."
+NOT_STREAMED = "No component has streamed: does streaming_components name one that takes a streaming_callback?"
 
 
 def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Callable[..., Any]:
@@ -32,7 +35,7 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
         try:
             chunks = await chat(self, model, messages, body, **optional)
             if not isinstance(chunks, AsyncGenerator):
-                raise TypeError(f"{chat.__name__} must return async_streaming_generator(...)")
+                raise TypeError(f"{chat.__name__} must return async_streaming_generator(...).")
         except HTTPException:
             raise
         except Exception as error:
@@ -55,28 +58,28 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
     """Yield the chunks of an answer, and what Hayhooks' callbacks add to them, while holding a slot.
 
-    Adds the finish_reason "stop" if the component never reports one. Raises HTTPException if no slot is free, if the
-    answer fails, or if there is no chunk.
+    Raises HTTPException if no slot is free, if the answer fails, or if there is no chunk.
     """
     if slots.locked():
-        raise HTTPException(503, "All streams are in use: try again.", {"Retry-After": "1"})
+        raise HTTPException(503, NO_SLOT, {"Retry-After": "1"})
     replace_default_executor()
-    is_empty, reports_finish = True, False
-    async with slots, contextlib.aclosing(in_lockstep(chunks)) as items:  # nothing was awaited since `locked`
+    await slots.acquire()  # does not wait, as nothing was awaited since `locked`
+    lockstep, is_empty = Lockstep(on_end=slots.release), True
+    async with contextlib.aclosing(lockstep.pace(chunks)) as items:
         try:
             async for item in items:
+                if item is None:  # a chat method may have dropped a chunk in this way
+                    continue
                 is_empty = is_empty and not isinstance(item, StreamingChunk | str)
-                if isinstance(item, StreamingChunk):
-                    # Even a None counts: a component whose chunks have the field, but no reason, may have been cut off.
-                    reports_finish = reports_finish or "finish_reason" in item.meta or item.finish_reason is not None
                 yield StreamingChunk(item) if isinstance(item, str) else item
-        except Exception as error:  # Hayhooks has logged it
-            raise as_http_exception(error) from error
+        except Exception as error:
+            failure = as_http_exception(error, lockstep.failures)
+            # Hayhooks has logged a component's error with its traceback, but not that of a chat method.
+            log.error("An answer has failed, with status {} for the client: {!r}", failure.status_code, error)
+            raise failure from error
     if is_empty:
-        log.error("No component has streamed: does streaming_components name one that takes a streaming_callback?")
-        raise HTTPException(502, "The answer could not be completed.")
-    if not reports_finish:
-        yield StreamingChunk("", finish_reason="stop")
+        log.error(NOT_STREAMED)
+        raise HTTPException(502, FAILED)
 
 
 LOOPS_WITH_OUR_EXECUTOR: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -91,4 +94,6 @@ def replace_default_executor() -> None:
     loop = asyncio.get_running_loop()
     if loop not in LOOPS_WITH_OUR_EXECUTOR:
         LOOPS_WITH_OUR_EXECUTOR.add(loop)
-        loop.set_default_executor(ThreadPoolExecutor(10_000, "stream"))
+        # Some Pythons give a new thread the context of the answer that starts it.
+        executor = ThreadPoolExecutor(10_000, "stream", initializer=CURRENT_LOCKSTEP.set, initargs=(None,))
+        loop.set_default_executor(executor)

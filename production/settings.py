@@ -6,22 +6,21 @@ from haystack.utils import Secret
 from pydantic import Field, HttpUrl
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+# An empty variable counts as unset. Without `hide_input_in_errors`, a mistyped key would be in the log.
+CONFIG = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hide_input_in_errors=True)
+
 
 class Limits(BaseSettings):
-    """How many clients a pipeline has at a time in each worker process; raises ValueError for an invalid variable.
+    """How many clients a pipeline may have at once in each worker; raises ValueError for an invalid variable."""
 
-    An empty variable counts as unset.
-    """
-
-    # Without `hide_input_in_errors`, a mistyped key would be in the log.
-    model_config = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hide_input_in_errors=True)
-
+    model_config = CONFIG
     MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # OpenAI's SDK opens at most 1000 connections
 
 
-class Settings(Limits):
-    """The upstream of an OpenAIGenerator, and the limit; raises ValueError for a missing or invalid variable."""
+class Settings(BaseSettings):
+    """The upstream of an OpenAIGenerator; raises ValueError for a missing or invalid variable."""
 
+    model_config = CONFIG
     OPENAI_API_KEY: str = Field(pattern="^[!-~]+$")  # what an HTTP header can carry
     OPENAI_MODEL: str = Field("gpt-5-mini", min_length=1)
     OPENAI_BASE_URL: HttpUrl = HttpUrl("https://api.openai.com/v1")

@@ -1,13 +1,15 @@
 """Lets an OpenAIGenerator cope with what OpenAI-compatible upstreams refuse and send."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 from hayhooks import log
 from openai.types.chat.chat_completion_chunk import ChatCompletionChunk, ChoiceDelta
 
-from .request import PARAMETERS, text_of
+from .request import PARAMETERS
+from .text import text_of
 
 if TYPE_CHECKING:  # Haystack 3 has no OpenAIGenerator, but the rest of this package works there
     from haystack.components.generators import OpenAIGenerator
@@ -15,62 +17,114 @@ if TYPE_CHECKING:  # Haystack 3 has no OpenAIGenerator, but the rest of this pac
 Generator = TypeVar("Generator", bound="OpenAIGenerator")
 
 # Without `stop`, `response_format` or `logit_bias`, an answer would be a different one.
-DISPENSABLE = tuple(name for name in PARAMETERS if name not in ("stop", "response_format", "logit_bias"))
+DISPENSABLE = [name for name in PARAMETERS if name not in ("stop", "response_format", "logit_bias")]
+OTHER_LIMIT = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+MAX_REMEMBERED = 200  # refusals
 
 
 def tolerant(llm: Generator) -> Generator:
     """Let an OpenAIGenerator cope with what OpenAI-compatible upstreams refuse and send, and return it.
 
     OpenAIGenerator calls the SDK's `create` and iterates over what it returns, so this replaces `create`.
+
+    Raises TypeError for any other component.
     """
-    create = llm.client.chat.completions.create
-    refused: set[tuple[str, str | None]] = set()  # a name with a value, or with None for all values
-
-    def is_refused(name: str, value: Any) -> bool:
-        return (name, None) in refused or (name, repr(value)) in refused
-
-    def without_refused(arguments: dict[str, Any]) -> dict[str, Any]:
-        if "max_tokens" in arguments and ("max_tokens", None) in refused:  # newer models use another name for it
-            arguments.setdefault("max_completion_tokens", arguments["max_tokens"])
-        return {name: value for name, value in arguments.items() if not is_refused(name, value)}
-
-    def create_without_refused(**arguments: Any) -> Any:
-        while True:  # each round leaves out one more, so this ends
-            sent = without_refused(arguments)
-            try:
-                return create(**sent)
-            except openai.BadRequestError as error:
-                if error.param not in DISPENSABLE or error.param not in sent:
-                    raise
-                value = sent[error.param]
-                match error.code:
-                    case "unsupported_parameter":
-                        refused.add((error.param, None))
-                    case "unsupported_value":
-                        refused.add((error.param, repr(value)))
-                    case _:
-                        raise
-                log.warning("The model does not support {}={!r}, so it is left out.", error.param, value)
-
-    def read(**arguments: Any) -> Iterator[ChatCompletionChunk]:
-        arguments["stream_options"] = {"include_usage": True}  # traces need it, too
-        has_finished = False
-        try:
-            # Without `with`, the connection would stay open until a garbage collection.
-            with create_without_refused(**arguments) as chunks:
-                for chunk in chunks:
-                    normalize(chunk)
-                    has_finished = has_finished or any(choice.finish_reason for choice in chunk.choices)
-                    yield chunk
-        except Exception:
-            if not has_finished:  # after the finish_reason, some upstreams cut the connection, or stall until a timeout
-                raise
+    if "OpenAIGenerator" not in [cls.__name__ for cls in type(llm).__mro__]:
+        raise TypeError(f"{type(llm).__name__} is not an OpenAIGenerator: leave out tolerant.")
+    if "_is_tolerant" in vars(llm):
+        return llm
+    llm._is_tolerant = True  # type: ignore[attr-defined]
+    create, refusals = llm.client.chat.completions.create, Refusals()
 
     def tolerant_create(**arguments: Any) -> Any:
-        return read(**arguments) if arguments.get("stream") else create_without_refused(**arguments)
+        if not arguments.get("stream"):
+            return refusals.leave_out(create, arguments)
+        arguments["stream_options"] = {"include_usage": True}  # traces need it, too
+        return read(lambda: refusals.leave_out(create, arguments))
 
     llm.client.chat.completions.create = tolerant_create  # type: ignore[method-assign]
     return llm
+
+
+class Refusals:
+    """Remembers what a model has refused.
+
+    A model may refuse a parameter only beside certain others, such as `temperature` beside `reasoning_effort: high`. So
+    a refusal is remembered together with all parameters that were sent, and each combination is refused only once.
+    """
+
+    def __init__(self) -> None:
+        self._remembered: deque[tuple[str, int]] = deque(maxlen=MAX_REMEMBERED)  # names, and hashes of combinations
+
+    def leave_out(self, create: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call the SDK's `create` without the parameters that the model refuses."""
+        sent, refused = dict(arguments), set[str]()
+        while name := next((name for name in sent if name not in refused and self._has(name, sent)), None):
+            drop(name, sent, refused)
+        while True:  # each round refuses one more, so this ends
+            try:
+                return create(**sent)
+            except openai.BadRequestError as error:
+                name, of_value = error.param, error.code == "unsupported_value"
+                if (
+                    name not in sent
+                    or name not in DISPENSABLE
+                    or not (of_value or error.code == "unsupported_parameter")
+                ):
+                    raise
+                refusal, value = (name, combination(name, sent, of_value)), repr(sent[name])
+                if not drop(name, sent, refused):
+                    raise
+                if all(name != known for known, _ in self._remembered):
+                    log.warning("The model does not support {}={:.100}, so it is left out.", name, value)
+                self._remembered.append(refusal)
+
+    def _has(self, name: str, sent: dict[str, Any]) -> bool:
+        known = [key for known_name, key in self._remembered if known_name == name]
+        return bool(known) and any(combination(name, sent, of_value) in known for of_value in (True, False))
+
+
+def combination(name: str, sent: dict[str, Any], of_value: bool) -> int:
+    """Return what stands for a parameter, with its value or with any, beside the others. Values can be large."""
+    others = sorted((other, sent[other]) for other in PARAMETERS if other in sent and other != name)
+    return hash(repr((sent[name] if of_value else None, others)))
+
+
+def drop(name: str, sent: dict[str, Any], refused: set[str]) -> bool:
+    """Remove a refused parameter from those to send; a limit gets its other name.
+
+    Returns False, and removes nothing, if both names of a limit are refused: the answer would have no limit.
+    """
+    refused.add(name)
+    other = OTHER_LIMIT.get(name)
+    if other in refused:
+        return False
+    value = sent.pop(name)
+    if other:
+        sent.setdefault(other, value)
+    return True
+
+
+def read(open_stream: Callable[[], Any]) -> Iterator[ChatCompletionChunk]:
+    """Yield the chunks of an upstream's stream; raises what its SDK raises, and ValueError if there is no choice."""
+    has_choice, is_whole, has_early_reason = False, False, False
+    try:
+        # Without `with`, the connection would stay open until a garbage collection.
+        with open_stream() as chunks:
+            for chunk in chunks:
+                normalize(chunk)
+                for choice in chunk.choices:
+                    has_choice = True
+                    has_early_reason = has_early_reason or (is_whole and bool(choice.delta.content))
+                    is_whole = is_whole or bool(choice.finish_reason)
+                yield chunk
+    except Exception:
+        # After the finish_reason, some upstreams cut the connection, or stall until a timeout. Others send it too
+        # early, even with each chunk: after further text, only a proper end counts.
+        if not is_whole or has_early_reason:
+            raise
+    if not has_choice:
+        raise ValueError("The upstream has not answered: it sent no choice.")
 
 
 def normalize(chunk: ChatCompletionChunk) -> None:

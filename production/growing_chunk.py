@@ -1,0 +1,66 @@
+"""A chunk on its way to the client, to which the text of the next chunks is added until somebody reads it.
+
+While the server keeps up, each chunk is read before the next one comes, and nothing is joined. When it is behind, the
+way through Hayhooks and FastAPI, which costs most of the time, is paid once for several chunks.
+"""
+
+import dataclasses
+import threading
+from typing import Any
+
+from haystack.dataclasses import StreamingChunk
+
+MAX_JOINED = 8  # chunks
+FIELDS = {field.name for field in dataclasses.fields(StreamingChunk)}
+# Getting one of these attributes counts as reading a chunk. `__reduce_ex__` copies and pickles it. Hayhooks gets the
+# `reasoning` of each chunk that it passes on, a field that Haystack 2.15 does not have.
+READING = FIELDS | {"reasoning", "__reduce_ex__"}
+
+
+class GrowingChunk(StreamingChunk):
+    """A copy of a component's chunk. Reading it makes it an ordinary chunk, of the component's own class.
+
+    It grows in the component's thread, and is read in another: the condition protects it. Reading it notifies those
+    that wait for the condition.
+    """
+
+    _condition: threading.Condition
+    _own_class: type[StreamingChunk]
+    _joined: int
+
+    @classmethod
+    def copy_of(cls, chunk: StreamingChunk, condition: threading.Condition) -> "GrowingChunk":
+        """Return what the client gets in place of a chunk, from which the component builds its reply."""
+        growing = cls.__new__(cls)
+        vars(growing).update(vars(chunk), _condition=condition, _own_class=type(chunk), _joined=1)
+        return growing
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in READING and (condition := vars(self).get("_condition")):
+            with condition:
+                if is_growing(self):  # no other thread has read it meanwhile
+                    own_class = self._own_class
+                    del self._condition, self._own_class, self._joined
+                    self.__class__ = own_class  # type: ignore[assignment]
+                    condition.notify_all()
+        return object.__getattribute__(self, name)
+
+    def try_join(self, chunk: Any) -> bool:
+        """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""
+        if type(chunk) is not self._own_class or not isinstance(chunk.content, str) or self._joined == MAX_JOINED:
+            return False
+        if beside_text(chunk) != beside_text(self):
+            return False
+        vars(self)["content"] += chunk.content
+        self._joined += 1
+        return True
+
+
+def is_growing(chunk: Any) -> bool:
+    return type(chunk) is GrowingChunk
+
+
+def beside_text(chunk: StreamingChunk) -> dict[str, Any]:
+    """Return what a chunk has beside its text and the time at which it was received. Does not count as reading it."""
+    fields = {name: value for name, value in vars(chunk).items() if name in FIELDS and name != "content"}
+    return {**fields, "meta": {name: value for name, value in fields["meta"].items() if name != "received_at"}}

@@ -1,0 +1,32 @@
+"""Reads the text of messages and chunks, in which there can be other things, and half an emoji."""
+
+import codecs
+from typing import Any
+
+
+def text_of(content: Any, separator: str = "") -> str:
+    """Return the text of a content, which is a string, a list of parts or null. The separator joins the parts."""
+    if isinstance(content, list):
+        content = separator.join(filter(None, map(text_of_part, content)))
+    return content if isinstance(content, str) else ""
+
+
+def text_of_part(part: Any) -> str | None:
+    """Return the text of a part, or None if the part is something else, such as an image."""
+    if not isinstance(part, dict) or part.get("type") not in ("text", "input_text"):
+        return None
+    return part["text"] if isinstance(part.get("text"), str) else ""
+
+
+class SurrogateDecoder:
+    """Replaces unpaired surrogates, which UTF-8 cannot encode; JavaScript's `slice` makes them out of emojis.
+
+    The text can come in pieces, and the two halves of an emoji in two of them.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+
+    def decode(self, piece: str, is_last: bool = False) -> str:
+        """Return a piece without unpaired surrogates. Half an emoji at its end waits for the next piece."""
+        return self._decoder.decode(piece.encode("utf-16-le", "surrogatepass"), is_last)
