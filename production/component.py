@@ -15,17 +15,14 @@ Component = TypeVar("Component", bound=Any)
 def stoppable(component: Component) -> Component:
     """Make a component end when its client leaves, and return it.
 
-    In an answer, a sync component is at most eight chunks ahead of its client. When the client has left, the
-    `streaming_callback` raises a BaseException, and the streams that the component was reading are closed. An async
-    component is cancelled. Outside of an answer, nothing changes.
+    In an answer, a sync component that Hayhooks runs in a thread gets at most eight chunks ahead of its client. When
+    the client has left, the `streaming_callback` raises a BaseException, and the streams in the component's local
+    variables are closed. An async component is cancelled. Outside of an answer, nothing changes.
 
     Raises TypeError if the component's `run` takes no `streaming_callback`.
     """
     if "streaming_callback" not in getattr(component, "__haystack_input__", ()):  # the inputs that Haystack knows
         raise TypeError(f"{type(component).__name__} is not a component whose run takes a streaming_callback.")
-    if "_is_stoppable" in vars(component):
-        return component
-    component._is_stoppable = True
     original_run = late_bound(component, "run")
 
     @functools.wraps(type(component).run)  # Haystack and Hayhooks read its signature
@@ -33,9 +30,9 @@ def stoppable(component: Component) -> Component:
         lockstep, callback = CURRENT_LOCKSTEP.get(), inputs.get("streaming_callback")
         if lockstep is None:  # outside of an answer
             return original_run(self, *args, **inputs)
-        if callback is not None and not inspect.iscoroutinefunction(callback):  # which Haystack refuses
+        if callback is not None and not inspect.iscoroutinefunction(callback):  # Haystack refuses an async one
             inputs["streaming_callback"] = in_step(lockstep, self, callback)
-        return lockstep.run(lambda: original_run(self, *args, **inputs))
+        return lockstep.run(functools.partial(original_run, self, *args, **inputs))
 
     component.run = MethodType(run, component)  # a deep copy of the component gets a method of its own
     if hasattr(component, "run_async"):
@@ -53,9 +50,9 @@ def stoppable(component: Component) -> Component:
 def in_step(lockstep: Lockstep, component: Any, callback: Callback) -> Callback:
     """Return the callback for a run of a sync component in an answer."""
     leads_to_client = getattr(callback, "__module__", "").startswith("hayhooks.")
-    # On the event loop's own thread it must not wait: nobody could read a chunk meanwhile.
-    can_wait = leads_to_client and asyncio._get_running_loop() is None
-    return lockstep.paced(component, callback) if can_wait else lockstep.stopping(callback)
+    if leads_to_client and asyncio._get_running_loop() is None:  # on the event loop's thread, nobody could read
+        return lockstep.waiting_callback(component, callback)
+    return lockstep.stopping_callback(callback)
 
 
 def late_bound(component: Any, name: str) -> Callable[..., Any]:

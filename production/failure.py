@@ -16,24 +16,24 @@ BUSY = "The upstream is busy, or its quota is used up."
 NO_CREDENTIALS = "The upstream refused the server's credentials."
 REFUSED = "The upstream refused the request."
 
-# OpenAI's SDKs obey this header. Agents ask again after a 5xx for minutes, and after a 424, but not after a 400.
+# OpenAI's SDKs obey this header. Other clients retry after most statuses, some for minutes, but not after a 400.
 NO_RETRY = {"x-should-retry": "false"}
 MAX_MESSAGE = 1000  # characters
 MARKUP = re.compile(r"<[a-zA-Z!/][^>]*>")
 
 
-def as_http_exception(error: BaseException, of_upstream: Sequence[BaseException] = ()) -> HTTPException:
+def as_http_exception(error: BaseException, component_errors: Sequence[BaseException] = ()) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed with this error.
 
-    What caused it counts if it is an HTTPException, or if it has a status and is among, or caused, the errors of the
-    upstream. All else, such as the error of a retriever, is the server's own failure.
+    The first of its causes that is an HTTPException decides, or the first with a status or a timeout, if it comes from
+    a component that streams. All else, such as the error of a retriever, is the server's own failure.
     """
     with contextlib.suppress(Exception):  # an attribute of a foreign error can itself raise
         is_of_upstream = False
         for cause in causes_of(error):
             if isinstance(cause, StarletteHTTPException):
                 return HTTPException(cause.status_code, cause.detail, cause.headers)
-            is_of_upstream = is_of_upstream or any(cause is one for one in of_upstream)
+            is_of_upstream |= any(cause is one for one in component_errors)
             if is_of_upstream and (status := status_of(cause)):
                 return failure_with(status, cause)
             if is_of_upstream and "Timeout" in type(cause).__name__:  # each SDK has its own
@@ -55,13 +55,11 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the status that the upstream sent, from where most SDKs, botocore or Google's keep it."""
+    """Return the status that the upstream sent, wherever the SDK keeps it; botocore's and Google's are special."""
     response = response_of(error)
-    found = [getattr(error, "status_code", None), getattr(response, "status_code", None)]
+    found = [getattr(one, name, None) for name in ("status_code", "code") for one in (error, response)]
     if isinstance(response, dict):
         found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    if isinstance(error, Exception):  # SystemExit has a code, too
-        found.append(getattr(error, "code", None))
     return next((status for status in found if isinstance(status, int) and 400 <= status < 600), None)
 
 
@@ -113,7 +111,7 @@ def message_in(body: Any) -> str | None:
 
 
 def response_of(error: BaseException) -> Any:
-    """Return the response that an SDK keeps with an error, or with the one before it, as Ollama's.
+    """Return the response that an SDK keeps with an error, or with the error's context, as Ollama's does.
 
     Without one, returns the error, which then may have what a response has.
     """

@@ -1,7 +1,7 @@
 """A chunk on its way to the client, to which the text of the next chunks is added until somebody reads it.
 
-While the server keeps up, each chunk is read before the next one comes, and nothing is joined. When it is behind, the
-way through Hayhooks and FastAPI, which costs most of the time, is paid once for several chunks.
+While the server keeps up, each chunk is read before the next one comes, and nothing is joined. When it is behind,
+several chunks share one trip through Hayhooks and FastAPI, where most of the time goes.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ READING = FIELDS | {"reasoning", "__reduce_ex__"}
 class GrowingChunk(StreamingChunk):
     """A copy of a component's chunk. Reading it makes it an ordinary chunk, of the component's own class.
 
-    It grows in the component's thread, and is read in another: the condition protects it. Reading it notifies those
-    that wait for the condition.
+    It grows in the component's thread and is read in another: the condition guards it, and is notified when it is read.
     """
 
     _condition: threading.Condition
@@ -30,7 +29,7 @@ class GrowingChunk(StreamingChunk):
 
     @classmethod
     def copy_of(cls, chunk: StreamingChunk, condition: threading.Condition) -> "GrowingChunk":
-        """Return what the client gets in place of a chunk, from which the component builds its reply."""
+        """Return a copy for the client; the component builds its reply from the original."""
         growing = cls.__new__(cls)
         vars(growing).update(vars(chunk), _condition=condition, _own_class=type(chunk), _joined=1)
         return growing
@@ -47,11 +46,12 @@ class GrowingChunk(StreamingChunk):
 
     def try_join(self, chunk: Any) -> bool:
         """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""
-        if type(chunk) is not self._own_class or not isinstance(chunk.content, str) or self._joined == MAX_JOINED:
+        if type(chunk) is not self._own_class or self._joined == MAX_JOINED or beside_text(chunk) != beside_text(self):
             return False
-        if beside_text(chunk) != beside_text(self):
+        text = vars(self)["content"]
+        if not isinstance(text, str) or not isinstance(chunk.content, str):
             return False
-        vars(self)["content"] += chunk.content
+        vars(self)["content"] = text + chunk.content
         self._joined += 1
         return True
 
@@ -61,6 +61,6 @@ def is_growing(chunk: Any) -> bool:
 
 
 def beside_text(chunk: StreamingChunk) -> dict[str, Any]:
-    """Return what a chunk has beside its text and the time at which it was received. Does not count as reading it."""
+    """Return all of a chunk but its text and the time at which it was received. Does not count as reading it."""
     fields = {name: value for name, value in vars(chunk).items() if name in FIELDS and name != "content"}
     return {**fields, "meta": {name: value for name, value in fields["meta"].items() if name != "received_at"}}

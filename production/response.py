@@ -1,4 +1,4 @@
-"""Turns the chunks of a pipeline into the response to a client: a thread for each, and a limit on their number."""
+"""Turns the chunks of a pipeline into the response to a client, and limits how many clients there are at once."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,6 @@ from .openai_format import as_completion, as_events
 from .settings import Limits
 
 NO_SLOT = "All streams are in use: try again."
-NOT_STREAMED = "No component has streamed: does streaming_components name one that takes a streaming_callback?"
 
 
 def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Callable[..., Any]:
@@ -26,7 +25,10 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 
     The caller's `body` decides what it returns: the events of a stream if `stream` is true, one ChatCompletion if it is
     false, and the chunks if there is no `stream`, as from Hayhooks' A2A server. Hayhooks always adds it for OpenAI
-    clients. Raises HTTPException if the answer fails, or if the pipeline has MAX_CONCURRENT_STREAMS clients already.
+    clients.
+
+    Raises HTTPException if the answer fails before its first chunk, or if the pipeline has MAX_CONCURRENT_STREAMS
+    clients already. A stream that fails later ends with an error event; chunks and a ChatCompletion raise even then.
     """
     slots = asyncio.Semaphore(Limits().MAX_CONCURRENT_STREAMS)
 
@@ -56,7 +58,7 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 
 
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
-    """Yield the chunks of an answer, and what Hayhooks' callbacks add to them, while holding a slot.
+    """Yield the chunks of an answer, and the items that Hayhooks' callbacks add, and hold a slot meanwhile.
 
     Raises HTTPException if no slot is free, if the answer fails, or if there is no chunk.
     """
@@ -65,20 +67,20 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
     replace_default_executor()
     await slots.acquire()  # does not wait, as nothing was awaited since `locked`
     lockstep, is_empty = Lockstep(on_end=slots.release), True
-    async with contextlib.aclosing(lockstep.pace(chunks)) as items:
+    async with contextlib.aclosing(lockstep.to_client(chunks)) as items:
         try:
             async for item in items:
-                if item is None:  # a chat method may have dropped a chunk in this way
+                if item is None:  # what a chat method has put in place of a chunk that it drops
                     continue
                 is_empty = is_empty and not isinstance(item, StreamingChunk | str)
                 yield StreamingChunk(item) if isinstance(item, str) else item
         except Exception as error:
-            failure = as_http_exception(error, lockstep.failures)
+            failure = as_http_exception(error, lockstep.component_errors)
             # Hayhooks has logged a component's error with its traceback, but not that of a chat method.
             log.error("An answer has failed, with status {} for the client: {!r}", failure.status_code, error)
             raise failure from error
     if is_empty:
-        log.error(NOT_STREAMED)
+        log.error("No component has streamed: does streaming_components name one that takes a streaming_callback?")
         raise HTTPException(502, FAILED)
 
 
@@ -94,6 +96,6 @@ def replace_default_executor() -> None:
     loop = asyncio.get_running_loop()
     if loop not in LOOPS_WITH_OUR_EXECUTOR:
         LOOPS_WITH_OUR_EXECUTOR.add(loop)
-        # Some Pythons give a new thread the context of the answer that starts it.
+        # A free-threaded Python gives a new thread the context of the answer that starts it.
         executor = ThreadPoolExecutor(10_000, "stream", initializer=CURRENT_LOCKSTEP.set, initargs=(None,))
         loop.set_default_executor(executor)

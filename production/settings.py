@@ -1,4 +1,4 @@
-"""The environment variables. Hayhooks adds those in `.env` to them when it starts."""
+"""The environment variables. When Hayhooks starts, it also loads `.env`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ CONFIG = SettingsConfigDict(env_ignore_empty=True, str_strip_whitespace=True, hi
 
 
 class Limits(BaseSettings):
-    """How many clients a pipeline may have at once in each worker; raises ValueError for an invalid variable."""
+    """The limit on clients of each pipeline in each worker; raises ValueError for an invalid variable."""
 
     model_config = CONFIG
     MAX_CONCURRENT_STREAMS: int = Field(500, ge=1, le=1000)  # OpenAI's SDK opens at most 1000 connections

@@ -18,11 +18,10 @@ RESPONSE_ATTRIBUTES = ("response", "iter_content", "iter_bytes", "_raw_stream")
 
 def close_streams(error: BaseException) -> None:
     """Close the streams in the local variables of the functions that an error, and those before it, have ended."""
-    frames, errors = list[FrameType](), list[BaseException]()
-    while error not in errors:
-        errors.append(error)
-        frames += [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        error = error.__context__ or error
+    frames, errors = list[FrameType](), [error]
+    for one in errors:  # which grows meanwhile
+        frames += [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
+        errors += [one.__context__] if one.__context__ and one.__context__ not in errors else []
     shared = {id(value) for frame in frames for value in shared_values(frame)}
     for frame in frames:
         close_streams_in(frame, shared)
@@ -46,7 +45,7 @@ def close_streams_in(frame: FrameType, shared: set[int]) -> None:
 
 
 def close_if_stream(value: Any, shared: set[int]) -> None:
-    """Close a generator, but first what it reads, or an SDK's stream."""
+    """Close an SDK's stream, or a generator and, before it, what it reads."""
     if inspect.isgenerator(value):
         if value.gi_frame and not value.gi_running:
             close_if_stream(value.gi_yieldfrom, shared)

@@ -1,11 +1,11 @@
-"""Reads the text of messages and chunks, in which there can be other things, and half an emoji."""
+"""Reads the text of messages and chunks, which can also contain images, or end in half an emoji."""
 
 import codecs
 from typing import Any
 
 
 def text_of(content: Any, separator: str = "") -> str:
-    """Return the text of a content, which is a string, a list of parts or null. The separator joins the parts."""
+    """Return the text of a message's or a chunk's content, which is a string, a list of parts or null."""
     if isinstance(content, list):
         content = separator.join(filter(None, map(text_of_part, content)))
     return content if isinstance(content, str) else ""
