@@ -46,7 +46,7 @@ class GrowingChunk(StreamingChunk):
 
     def try_join(self, chunk: Any) -> bool:
         """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""
-        if type(chunk) is not self._own_class or self._joined == MAX_JOINED or beside_text(chunk) != beside_text(self):
+        if type(chunk) is not self._own_class or self._joined == MAX_JOINED or not are_same_beside_text(chunk, self):
             return False
         text = vars(self)["content"]
         if not isinstance(text, str) or not isinstance(chunk.content, str):
@@ -60,7 +60,8 @@ def is_growing(chunk: Any) -> bool:
     return type(chunk) is GrowingChunk
 
 
-def beside_text(chunk: StreamingChunk) -> dict[str, Any]:
-    """Return all of a chunk but its text and the time at which it was received. Does not count as reading it."""
-    fields = {name: value for name, value in vars(chunk).items() if name in FIELDS and name != "content"}
-    return {**fields, "meta": {name: value for name, value in fields["meta"].items() if name != "received_at"}}
+def are_same_beside_text(*chunks: StreamingChunk) -> bool:
+    """Compare two chunks but for their texts and the times at which they were received. Reads neither of them."""
+    one, other = map(vars, chunks)
+    metas = [{**fields["meta"], "received_at": None} for fields in (one, other)]
+    return metas[0] == metas[1] and all(one[name] == other[name] for name in FIELDS - {"content", "meta"})
