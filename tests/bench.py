@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
@@ -16,29 +15,34 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-from harness.costs import ASYNC, DIRECT, LITELLM, OURS, PLAIN, Plan, Results, draw, ratios, tables
+from harness.costs import ASYNC, DIRECT, IN_STEP, LITELLM, OURS, PLAIN, Plan, Results, draw, promises, summary, tables
 from harness.environments import InstallError, install
-from harness.load import TEXT, Variant, ask, measure
+from harness.load import Variant, measure
 from harness.serving import EXAMPLE, KEY, NAME, copy_wrapper, free_port, running
 from rich.progress import track
 
 TESTS = Path(__file__).parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-WRAPPERS = {PLAIN: TESTS / "harness/plain_wrapper.py", OURS: EXAMPLE, ASYNC: TESTS / "harness/async_way.py"}
+WRAPPERS = {
+    PLAIN: TESTS / "harness/plain_wrapper.py",
+    OURS: EXAMPLE,
+    IN_STEP: EXAMPLE,
+    ASYNC: TESTS / "harness/async_way.py",
+}
 PACE = 0.02  # seconds from one token to the next
 FAILURES = (RuntimeError, OSError, psutil.Error)  # of a server
 LEVELS = (1, 10, 50, 100, 300)
-OLDEST = Plan({1: 3, 10: 3, 50: 3, 100: 3, 300: 3}, {DIRECT: LEVELS, PLAIN: LEVELS, LITELLM: (10, 50, 100)})
-# The plain version needs 200 seconds for 300 streams, on every Python.
-NEWEST = Plan({50: 1, 100: 2, 300: 1}, {DIRECT: LEVELS, PLAIN: (100,)})
-QUICK = Plan({1: 1, 10: 1, 50: 1}, {}, tokens=100)
+OLDEST = Plan(
+    {1: 1, 10: 1, 50: 3, 100: 3, 300: 3},
+    {DIRECT: LEVELS, PLAIN: LEVELS, IN_STEP: LEVELS, LITELLM: (10, 50, 100)},
+)
+NEWEST = Plan({50: 3, 100: 3, 300: 3}, {DIRECT: LEVELS, PLAIN: (100, 300), IN_STEP: (100, 300)})
+QUICK = Plan({1: 1, 50: 1, 100: 1}, {PLAIN: (1,), IN_STEP: (100,)})
 
 
 class Environment:
@@ -63,7 +67,7 @@ def pythons() -> list[str]:
     path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])  # uv knows only pyenv's shims
     uv = [f"{SCRIPTS}/uv", "python", "find", "--system", "--no-project", "--no-python-downloads"]
     found = []
-    for minor in range(10, 14):
+    for minor in range(10, 15):
         try:
             command = [*uv, f"3.{minor}"]
             asked = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
@@ -115,7 +119,11 @@ def serving(name: str, command: list[str], path: str, folder: str, **variables: 
 def hayhooks(name: str, scripts: Path, upstream: str) -> Iterator[Variant]:
     """Serve a wrapper that asks the upstream at this URL."""
     with tempfile.TemporaryDirectory() as folder:
-        copy_wrapper(WRAPPERS[name], Path(folder) / "pipelines" / NAME)
+        wrapper = Path(folder) / "pipelines" / NAME
+        copy_wrapper(WRAPPERS[name], wrapper)
+        if name == IN_STEP:  # it never joins a chunk to another
+            chunk = wrapper / "production" / "growing_chunk.py"
+            chunk.write_text(chunk.read_text().replace("MAX_JOINED = 8", "MAX_JOINED = 1"))
         (Path(folder) / ".env").touch()  # Hayhooks would look for the user's in the folders above
         variables = {
             "OPENAI_API_KEY": KEY,
@@ -146,19 +154,7 @@ def litellm_proxy(scripts: Path, upstream: str) -> Iterator[Variant]:
             yield variant
 
 
-def tokens_after_leaving(upstream: int, variant: Variant) -> float:
-    """Return how many tokens the upstream still sent after the client left at token 5 of 200."""
-    reader = asyncio.run(ask(variant.port, 200, PACE, leave_after=5))
-    while TEXT.search(reader.content()):
-        with urllib.request.urlopen(f"http://127.0.0.1:{upstream}/") as response:
-            received = json.load(response)
-        if received["over"]:
-            return int(received["sent"]) - 5
-        time.sleep(PACE)
-    return math.nan
-
-
-def measure_all(variants: list[Variant], upstream: int, results: Results) -> None:
+def measure_all(variants: list[Variant], results: Results) -> None:
     """Measure the variants in turn, so that whatever else the machine does meets all of them alike."""
     plan = results.plan
     for variant in variants:  # the first requests pay for imports and connections
@@ -174,8 +170,7 @@ def measure_all(variants: list[Variant], upstream: int, results: Results) -> Non
         results.rounds[variant.name, level].append(asyncio.run(measure(variant, level, plan.tokens, PACE)))
     fast = [[asyncio.run(measure(variant, 1, plan.fast_tokens, 0)) for variant in variants] for _ in range(3)]
     for variant, *rounds in zip(variants, *fast, strict=True):
-        results.fast_cpu[variant.name] = statistics.median(one.cpu_per_chunk() for one in rounds)
-        results.left[variant.name] = tokens_after_leaving(upstream, variant)
+        results.fast_cpu[variant.name] = statistics.median(one.cpu_per_token() for one in rounds)
 
 
 def run(environment: Environment, plan: Plan, litellm: Environment | None, notes: list[str]) -> Results:
@@ -188,11 +183,11 @@ def run(environment: Environment, plan: Plan, litellm: Environment | None, notes
     with running(upstream, url):
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(hayhooks(name, environment.scripts, f"{url}/v1")) for name in WRAPPERS]
-            measure_all([Variant(DIRECT, port), *servers], port, results)
+            measure_all([Variant(DIRECT, port), *servers], results)
         try:
             if litellm and LITELLM in plan.once:
                 with litellm_proxy(litellm.scripts, f"{url}/v1") as proxy:
-                    measure_all([proxy], port, results)
+                    measure_all([proxy], results)
         except FAILURES as error:
             notes.append(str(error))
     return results
@@ -211,13 +206,16 @@ Written by `./tests/run bench` on {datetime.date.today()}: {software}; {machine}
 Tokens come {PACE * 1000:.0f} ms apart, {1 / PACE:.0f} a second. Each variant has a process of its own. The client, the
 server and the upstream run on the same machine: the first variant, "{DIRECT}", shows what client and upstream
 can do here. The tokens per second of each stream are those between its first and its last token, of the median stream.
-The CPU time is that of the server's process, the memory and the threads are its peaks. "-" was not measured. "After the
-client left" counts the tokens that the upstream still sent when the client left at token 5 of 200.
+The CPU time is that of the server's process, and so are the peaks of threads and of memory, beyond what it had before.
+"{IN_STEP}" is this example without joining: its threads wait after each chunk. "-" was not measured.
 {left_out}
-{sections}
+## In short
+
+{summary(all_results)}
 ## What it should cost
 
-{ratios(all_results)}"""
+{promises(all_results)}
+{sections}"""
 
 
 def main() -> None:

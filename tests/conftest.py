@@ -1,6 +1,7 @@
 """One upstream for all tests, two Hayhooks servers, and clients to talk to them."""
 
 import os
+import sys
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read when Haystack is imported, here and in what the tests start
 
@@ -8,49 +9,27 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import other_wrapper
 from harness.client import Chat
 from harness.environments import CACHE
-from harness.serving import KEY, TESTS_OTHER_WRAPPER, Server, deployed, load_wrapper
+from harness.serving import EXAMPLE, KEY, Server, deployed, load_wrapper
 from harness.upstream import Upstream
 
-# What is said of this folder, and not of every wrapper that keeps the contract.
-THIS_FOLDER = [
-    "test_any_component.py",
-    "test_commands.py",
-    "test_local_model.py",
-    "test_readme.py",
-    "test_shape.py",
-    "test_third_party.py",
-]
-# What tests `run` and the demo says nothing of old releases.
-NOT_OF_RELEASES = ["test_commands.py", "test_local_model.py"]
-
-collect_ignore = THIS_FOLDER if TESTS_OTHER_WRAPPER else NOT_OF_RELEASES if os.environ.get("LOWEST") else []
+sys.path.insert(0, str(EXAMPLE))  # for the unit tests of `production`
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if TESTS_OTHER_WRAPPER:
-        config.pluginmanager.register(other_wrapper)
-
-
-def pytest_report_header() -> list[str]:
-    return [f"left out, as they test this folder: {', '.join(THIS_FOLDER)}"] if TESTS_OTHER_WRAPPER else []
+# What tests the commands says nothing of old releases.
+collect_ignore = ["test_check.py", "test_commands.py", "test_local_model.py"] if os.environ.get("LOWEST") else []
 
 
 @pytest.fixture(scope="session")
 def shared_upstream() -> Iterator[Upstream]:
-    with other_wrapper.UnframedUpstream() if TESTS_OTHER_WRAPPER else Upstream() as upstream:
+    with Upstream() as upstream:
         yield upstream
 
 
 @pytest.fixture
-def upstream(shared_upstream: Upstream) -> Iterator[Upstream]:
+def upstream(shared_upstream: Upstream) -> Upstream:
     shared_upstream.forget()
-    yield shared_upstream
-    if isinstance(shared_upstream, other_wrapper.UnframedUpstream):
-        shared_upstream.break_off()
+    return shared_upstream
 
 
 @pytest.fixture(scope="session")

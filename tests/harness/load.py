@@ -1,4 +1,4 @@
-"""Many streams at a time, and what their clients and the server's process show."""
+"""Many streams at once, and what their clients and the server's process show."""
 
 import asyncio
 import contextlib
@@ -41,14 +41,16 @@ class Answer:
 
 @dataclass
 class Round:
-    """Many answers at a time. The whole round and the server's CPU time are in seconds, its peak of memory in bytes."""
+    """Many answers at once. The whole round and the server's CPU time are in seconds.
+
+    The memory, in bytes, is how much more the server had at its peak than before.
+    """
 
     answers: list[Answer]
     tokens: int
     seconds: float
     cpu: float
     memory: int
-    threads: int
 
     @property
     def complete(self) -> list[Answer]:
@@ -68,9 +70,13 @@ class Round:
         """Return tokens per second of all streams."""
         return self.tokens * len(self.complete) / self.seconds
 
-    def cpu_per_chunk(self) -> float:
+    def cpu_per_token(self) -> float:
         """Return the server's CPU time in microseconds, nan for the upstream itself."""
         return self.cpu / (self.tokens * len(self.complete)) * 1e6 if self.cpu and self.complete else math.nan
+
+    def memory_per_stream(self) -> float:
+        """Return KiB, nan for the upstream itself."""
+        return self.memory / 1024 / len(self.answers) if self.cpu else math.nan
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -83,35 +89,28 @@ def percentile(values: list[float], percent: int) -> float:
 class Reader(asyncio.Protocol):
     """A client that only notes what comes, and when: parsing it at once would delay the other streams."""
 
-    def __init__(self, tokens: int, pace: float, leave_after: int) -> None:
+    def __init__(self, tokens: int, pace: float) -> None:
         prompt = json.dumps({"tokens": tokens, "pace": pace})
         body = json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": prompt}]})
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
         self.request = (head + body).encode()
-        self.leave_after = leave_after
         self.start = time.perf_counter()
         self.pieces: list[tuple[float, bytes]] = []
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
         transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append((time.perf_counter() - self.start, data))
-        if self.leave_after and len(TEXT.findall(self.content())) >= self.leave_after:
-            self.transport.abort()
 
     def connection_lost(self, _: Exception | None) -> None:
         self.closed.set()
 
-    def content(self) -> bytes:
-        return b"".join(data for _, data in self.pieces)
-
     def answer(self, tokens: int) -> Answer:
         """Parse what came."""
-        content = self.content()
+        content = b"".join(data for _, data in self.pieces)
         texts = list(TEXT.finditer(content))
         if not texts:
             return Answer(math.nan, math.nan, math.nan, complete=False)
@@ -121,9 +120,9 @@ class Reader(asyncio.Protocol):
         return Answer(first, last, self.pieces[-1][0], is_whole and content.endswith(b"\r\n0\r\n\r\n"))
 
 
-async def ask(port: int, tokens: int, pace: float, leave_after: int = 0) -> Reader:
-    """Stream one answer, or so many tokens of it; one that fails or takes too long is not complete."""
-    reader = Reader(tokens, pace, leave_after)
+async def ask(port: int, tokens: int, pace: float) -> Reader:
+    """Stream one answer; one that fails or takes too long is not complete."""
+    reader = Reader(tokens, pace)
     with contextlib.suppress(OSError, asyncio.TimeoutError):  # two different errors on Python 3.10
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: reader, "127.0.0.1", port)
         with contextlib.closing(transport):
@@ -138,12 +137,14 @@ async def measure(variant: Variant, streams: int, tokens: int, pace: float) -> R
     def cpu() -> float:
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
-    start, used, memory, threads = time.perf_counter(), cpu(), 0, 0
+    def resident() -> int:
+        return sum(process.memory_info().rss for process in processes)
+
+    start, used, before, memory = time.perf_counter(), cpu(), resident(), 0
     asking = [asyncio.ensure_future(ask(variant.port, tokens, pace)) for _ in range(streams)]
     pending = set(asking)
     while pending:
         _, pending = await asyncio.wait(pending, timeout=0.2)
-        memory = max(memory, sum(process.memory_info().rss for process in processes))
-        threads = max(threads, sum(process.num_threads() for process in processes))
+        memory = max(memory, resident() - before)
     seconds, used = time.perf_counter() - start, cpu() - used
-    return Round([one.result().answer(tokens) for one in asking], tokens, seconds, used, memory, threads)
+    return Round([one.result().answer(tokens) for one in asking], tokens, seconds, used, memory)

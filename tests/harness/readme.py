@@ -1,13 +1,14 @@
-"""The blocks of code in README.md, so that what is printed there is what runs."""
+"""The blocks of code in the two READMEs, so that what is printed there is what runs."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from harness.serving import EXAMPLE
 
+README, MANUAL = ((EXAMPLE / path).read_text() for path in ("README.md", "production/README.md"))
 
-@dataclass
-class Block:
+
+class Block(NamedTuple):
     """One fenced block; `name` is what comes after its language."""
 
     language: str
@@ -15,12 +16,17 @@ class Block:
     code: str
 
 
-def blocks() -> list[Block]:
-    text = (EXAMPLE / "README.md").read_text()
-    return [Block(*match) for match in re.findall(r"^```(\w+) *(.*)\n((?:.*\n)*?)^```$", text, re.MULTILINE)]
+BLOCKS = [
+    Block(*match) for match in re.findall(r"^```(\w+) *(.*)\n((?:.*\n)*?)^```$", README + MANUAL, flags=re.MULTILINE)
+]
 
 
 def block(language: str, name: str = "") -> str:
     """Return the one block in a language that has this name."""
-    [code] = [block.code for block in blocks() if (block.language, block.name) == (language, name)]
+    [code] = [block.code for block in BLOCKS if (block.language, block.name) == (language, name)]
     return code
+
+
+def starting(text: str) -> list[str]:
+    """Return the blocks that start with a text."""
+    return [block.code for block in BLOCKS if block.code.startswith(text)]

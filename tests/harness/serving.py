@@ -18,13 +18,10 @@ from typing import Any
 from hayhooks.server.utils.module_loader import load_pipeline_module
 
 EXAMPLE = Path(__file__).resolve().parents[2]
-# The wrapper under test, a file or a folder: this folder, or the one that `./tests/run test --wrapper` names.
-WRAPPER = Path(os.environ.get("WRAPPER") or EXAMPLE)
-TESTS_OTHER_WRAPPER = "WRAPPER" in os.environ
 NAME = "async_hybrid_streaming"
 KEY = "sk-test-0123456789abcdef"
 HAYHOOKS = f"{sysconfig.get_path('scripts')}/hayhooks"
-PATIENCE = 6 if TESTS_OTHER_WRAPPER else 60  # seconds to wait for anything that should have come long ago
+PATIENCE = 60  # seconds to wait for anything that should have come long ago
 
 # What a process needs of the caller's environment. All else stays out of the servers: keys, for one.
 NEEDED = (
@@ -51,7 +48,7 @@ class Server:
     def log(self) -> str:
         return (self.folder / "server.log").read_text()
 
-    def deploy(self, wrapper: Path = WRAPPER, name: str = NAME) -> None:
+    def deploy(self, wrapper: Path = EXAMPLE, name: str = NAME) -> None:
         """Deploy a clean copy of the wrapper with the CLI; raise DeployError with its output when it is refused."""
         with tempfile.TemporaryDirectory() as clean:
             copy_wrapper(wrapper, Path(clean))
@@ -83,10 +80,10 @@ def copy_wrapper(wrapper: Path, folder: Path) -> None:
 
 
 def load_wrapper() -> Any:
-    """Return the module of the wrapper under test, for Python code that uses its class without a server."""
+    """Return the example's module, for Python code that uses its class without a server."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    copy_wrapper(WRAPPER, folder)
+    copy_wrapper(EXAMPLE, folder)
     return load_pipeline_module(NAME, folder)
 
 
@@ -186,7 +183,7 @@ def hayhooks(
 
 
 @contextlib.contextmanager
-def deployed(*options: str, command: str = "run", wrapper: Path | str = WRAPPER, **variables: str) -> Iterator[Server]:
+def deployed(*options: str, command: str = "run", wrapper: Path | str = EXAMPLE, **variables: str) -> Iterator[Server]:
     """Serve a wrapper, the example's unless told otherwise, with a key."""
     with hayhooks(*options, command=command, wrapper=wrapper, **{"OPENAI_API_KEY": KEY, **variables}) as server:
         yield server

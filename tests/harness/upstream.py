@@ -1,7 +1,7 @@
 """A scripted upstream: on the wire it behaves like OpenAI or another provider, and it fails when told to.
 
 A test sets `upstream.reply`, and afterwards asks `upstream.received` what arrived and what became of it.
-Run as a program it listens on the given port: a prompt says which reply it wants, and GET tells what became of it.
+Run as a program it listens on the given port, and a prompt says which reply it wants.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import uvicorn
@@ -185,7 +185,7 @@ class Upstream:
             if not message["more_body"]:
                 break
         if scope["method"] == "GET":
-            return await self.send_json(send, 200, asdict(self.received[-1]) if self.received else None)
+            return await self.send_json(send, 200, {})
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         received = Received(scope["path"], headers, json.loads(content))
         self.received.append(received)
