@@ -27,7 +27,8 @@ class PipelineWrapper(BasePipelineWrapper):
         llm = OpenAIGenerator(**Settings().openai_arguments())
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
-        self.pipeline.add_component("llm", stoppable(tolerant(llm)))  # each returns the llm, in any order
+        # Each returns the llm; their order does not matter.
+        self.pipeline.add_component("llm", stoppable(tolerant(llm)))
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
     @openai_response  # callers get the events of a stream or one completion, made from what this returns

@@ -1,30 +1,35 @@
-"""What a chat needs in production, whatever its pipeline. Copy this folder beside your wrapper; do not edit it.
+"""What a text chat needs in production. Copy this folder beside your wrapper; do not edit it.
 
     openai_response   decorates a `run_chat_completion_async` that returns `async_streaming_generator(...)`
     parse_messages    returns `.prompt`, all turns of the conversation without the system prompt; `.question`, the
                       user's last text; and `.system_prompt`, which can be None
-    parse_parameters  returns a dict of the temperature and the like, by OpenAI's names; rename them for a component
-                      that calls them differently
-    stoppable         takes any component whose `run` has a `streaming_callback`, as in `stoppable(MyGenerator())`
-    tolerant          lets an OpenAIGenerator handle what upstreams refuse and send; other components do not need it
-    Settings          reads the environment variables of an OpenAIGenerator; other pipelines do not need it
+    parse_parameters  returns a dict of `temperature` and other parameters, by OpenAI's names; rename them for a
+                      component that calls them differently, or leave them out
+    stoppable         wraps each component that streams: any whose `run` has a parameter `streaming_callback`, which it
+                      calls with each StreamingChunk
+    tolerant          lets an OpenAIGenerator work with upstreams that refuse some parameters; takes no other component
+    Settings          reads the environment variables of an OpenAIGenerator
 
-So the inputs of a pipeline with a retriever and a default system prompt can be
+So a pipeline of your own, with a retriever and a default system prompt, can have
 
+    pipeline.add_component("llm", stoppable(MyGenerator()))
     conversation = parse_messages(messages)
-    {
+    pipeline_run_args = {
         "retriever": {"query": conversation.question},
         "prompt": {"conversation": conversation.prompt},
-        "llm": {"system_prompt": conversation.system_prompt or "Be brief."},
+        "llm": {
+            "system_prompt": conversation.system_prompt or "Be brief.",
+            "generation_kwargs": parse_parameters(body),
+        },
     }
 
 If your component has no `system_prompt`, put the system prompt into the prompt. A chat generator takes real turns as
-"messages": [ChatMessage.from_openai_dict_format(message) for message in messages], after `parse_messages(messages)` has
-refused what cannot be answered.
+"messages": [ChatMessage.from_openai_dict_format(message) for message in messages], after `parse_messages(messages)`.
 
-Each wrapper passes `streaming_components` and `allow_sync_streaming_callbacks` itself. A component's `run` is called in
-many threads at once. If it holds a lock while it streams, others wait for its client. To update, replace this folder,
-and run `./tests/run check` on your wrapper.
+Each wrapper passes `streaming_components` and `allow_sync_streaming_callbacks` itself. MAX_CONCURRENT_STREAMS (500)
+limits the clients of every pipeline. Many threads call a component's `run` at once: if it holds a lock while it
+streams, all other answers wait for one client. To update, replace this folder, and run `./tests/run check` from a
+checkout of the example on your wrapper. README.md is the manual.
 
 The modules, each of which imports only from those after it:
 
@@ -40,7 +45,7 @@ The modules, each of which imports only from those after it:
     text              reads text from contents
     settings          environment variables
 
-They rely on how Hayhooks, Haystack and the SDKs work inside. The tests check that with old and new releases.
+They rely on how Hayhooks, Haystack and the SDKs work inside, so the tests run with old and new releases of each.
 """
 
 from .component import stoppable

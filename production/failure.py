@@ -25,8 +25,8 @@ MARKUP = re.compile(r"<[a-zA-Z!/][^>]*>")
 def as_http_exception(error: BaseException, component_errors: Sequence[BaseException] = ()) -> HTTPException:
     """Return the status and the sentence for a client whose answer failed with this error.
 
-    The first of its causes that is an HTTPException decides, or the first with a status or a timeout, if it comes from
-    a component that streams. All else, such as the error of a retriever, is the server's own failure.
+    An HTTPException among its causes is passed on. The status of a cause, or a timeout, counts only if a component that
+    streams raised it, or raised an error because of it. All else is the server's own failure.
     """
     with contextlib.suppress(Exception):  # an attribute of a foreign error can itself raise
         is_of_upstream = False
@@ -85,7 +85,7 @@ def message_of(error: Any) -> str | None:
     response = response_of(error)
     # Most SDKs keep the response; some only the body, Ollama's only the message, botocore's a dict.
     bodies = [response, getattr(error, "body", None), {"error": getattr(error, "error", None)}]
-    with contextlib.suppress(Exception):  # it is no JSON, or was not read
+    with contextlib.suppress(Exception):  # it is not JSON, or was not read
         bodies.insert(0, response.json())
     message = next(filter(None, map(message_in, bodies)), None)
     if not message or MARKUP.search(message):

@@ -20,7 +20,8 @@ READING = FIELDS | {"reasoning", "__reduce_ex__"}
 class GrowingChunk(StreamingChunk):
     """A copy of a component's chunk. Reading it makes it an ordinary chunk, of the component's own class.
 
-    It grows in the component's thread and is read in another: the condition guards it, and is notified when it is read.
+    So later reads cost nothing, and chat methods find the class that they expect. It grows in the component's thread,
+    and is read in another: the condition guards it, and is notified when it is read.
     """
 
     _condition: threading.Condition
@@ -38,11 +39,14 @@ class GrowingChunk(StreamingChunk):
         if name in READING and (condition := vars(self).get("_condition")):
             with condition:
                 if is_growing(self):  # no other thread has read it meanwhile
-                    own_class = self._own_class
-                    del self._condition, self._own_class, self._joined
-                    self.__class__ = own_class  # type: ignore[assignment]
+                    self._become_ordinary()
                     condition.notify_all()
         return object.__getattribute__(self, name)
+
+    def _become_ordinary(self) -> None:
+        own_class = self._own_class
+        del self._condition, self._own_class, self._joined
+        self.__class__ = own_class  # type: ignore[assignment]
 
     def try_join(self, chunk: Any) -> bool:
         """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""

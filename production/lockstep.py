@@ -16,7 +16,7 @@ from .streams import close_streams
 PATIENCE = 60  # seconds for which a client may stop reading
 STALLED = f"The client has not read for {PATIENCE} seconds, so its answer has ended."
 
-Callback = Callable[[Any], None]  # takes a StreamingChunk, or what a component sends in place of one
+Callback = Callable[[Any], None]
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP", default=None)
 
@@ -24,8 +24,7 @@ CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP",
 class AnswerOver(asyncio.CancelledError):
     """Ends a component that is still running when its answer is over, usually because the client has left.
 
-    A component that catches every Exception does not catch this one. asyncio logs nothing about a task that raises it,
-    because it considers that task cancelled.
+    A component that catches every Exception does not catch it, and asyncio considers a task that raises it cancelled.
     """
 
 
@@ -33,31 +32,25 @@ class Lockstep:
     """Connects the components of one answer with its client.
 
     A sync component's thread may be a few chunks ahead of the client: their text is joined in a growing chunk. Then the
-    thread waits until the client has read that. Otherwise, somebody would pay for text that nobody reads, and the
-    thread would slow down those that make the first chunks of other answers. Async components are only cancelled.
+    thread waits until that is read. Otherwise, somebody would pay for text that nobody reads, and other answers would
+    begin late. Async components do not wait, and are only cancelled.
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
-        """Call `on_end` once, as soon as the answer is over: before its threads have ended."""
         self.component_errors: list[BaseException] = []
-        self._on_end = on_end
+        self._on_end = on_end  # called once, as soon as the answer is over: before its threads have ended
         self._is_over = False
         self._is_client_waiting = True  # for the next chunk
-        self._tasks: set[asyncio.Future[Any]] = set()  # in which async components run
+        self._tasks: list[asyncio.Future[Any]] = []  # in which async components run
         self._last_sent: dict[int, Any] = {}  # by the id of a component, as an Agent runs the same one again and again
-        # Guards growing chunks. Notified when one is read, and when the answer is over.
-        self._condition = threading.Condition()
+        self._condition = threading.Condition()  # guards growing chunks; notified when one is read, and by `end`
 
     async def to_client(self, chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
-        """Yield the chunks of the answer, each when the client asks for it. Closing this ends the answer.
-
-        Raises TimeoutError when a client that has stopped reading for too long reads on, as half an answer would look
-        complete.
-        """
+        """Yield the chunks, each when the client asks for it; raises TimeoutError if it stopped reading for too long."""
         end = object()
         try:
             while (chunk := await self._next(chunks, end)) is not end:
-                timer = asyncio.get_running_loop().call_later(PATIENCE, self._give_up)
+                timer = asyncio.get_running_loop().call_later(PATIENCE, self.end, STALLED)
                 self._is_client_waiting = False
                 try:
                     yield chunk
@@ -65,7 +58,7 @@ class Lockstep:
                     timer.cancel()
                 self._is_client_waiting = True
                 if self._is_over:
-                    raise TimeoutError(STALLED)
+                    raise TimeoutError(STALLED)  # half an answer must not look complete
         finally:
             self.end()
             await chunks.aclose()
@@ -77,12 +70,10 @@ class Lockstep:
         finally:
             CURRENT_LOCKSTEP.reset(token)
 
-    def _give_up(self) -> None:
-        log.warning(STALLED)
-        self.end()
-
-    def end(self) -> None:
+    def end(self, warning: str = "") -> None:
         """End the answer, and the components that are still running. Called on the event loop."""
+        if warning:
+            log.warning(warning)
         if not self._is_over:
             with self._condition:
                 self._is_over = True
@@ -92,23 +83,15 @@ class Lockstep:
                 task.cancel()
 
     def waiting_callback(self, component: Any, callback: Callback) -> Callback:
-        """Return a callback for a sync component's threads, which waits until the last growing chunk is read.
-
-        Raises AnswerOver if the answer is over.
-        """
+        """Return a callback like `stopping_callback`'s, which also waits, in its thread, until a chunk is read."""
         key, send_now = id(component), self.stopping_callback(callback)
-
-        def can_send() -> bool:
-            return self._is_over or not is_growing(self._last_sent.get(key))
 
         def send(chunk: Any) -> None:
             with self._condition:
                 last: Any = self._last_sent.get(key)
                 if is_growing(last) and not self._is_over and last.try_join(chunk):
                     return
-                while not self._condition.wait_for(can_send, timeout=1):
-                    if self._is_client_waiting:  # and has not got the last chunk: a chat method has dropped it unread
-                        break
+                self._wait_until_read(key)
                 if isinstance(chunk, StreamingChunk):
                     chunk = GrowingChunk.copy_of(chunk, self._condition)
                 self._last_sent[key] = chunk
@@ -119,6 +102,16 @@ class Lockstep:
                 raise
 
         return send
+
+    def _wait_until_read(self, key: int) -> None:
+        """Wait until the last chunk is read, or the answer is over. Called with the condition held."""
+
+        def is_read() -> bool:
+            return self._is_over or not is_growing(self._last_sent.get(key))
+
+        while not self._condition.wait_for(is_read, timeout=1):
+            if self._is_client_waiting:  # for a second, so a chat method has probably dropped the chunk unread
+                return
 
     def stopping_callback(self, callback: Callback) -> Callback:
         """Return a callback that passes chunks on without waiting, and raises AnswerOver if the answer is over."""
@@ -144,9 +137,7 @@ class Lockstep:
     async def run_async(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Run an async component in a task of its own, which `end` cancels: Haystack 2 does not."""
         with self._part_of_answer():
-            task = asyncio.ensure_future(call())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.append(task := asyncio.ensure_future(call()))
             return await task
 
     @contextlib.contextmanager

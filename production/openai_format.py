@@ -13,8 +13,8 @@ from haystack.dataclasses import StreamingChunk
 from .failure import as_http_exception
 from .text import SurrogateDecoder, text_of
 
-REASONS = ("finish_reason", "done_reason", "stop_reason")  # as SDKs name it in a chunk's `meta`
-# Anthropic's words, and Haystack's for an Agent's last step. All others go to the client as they are.
+REASON_KEYS = ("finish_reason", "done_reason", "stop_reason")  # as SDKs name it in a chunk's `meta`
+# Anthropic's words, and Haystack's after the results of tools. All others go to the client as they are.
 IN_OPENAIS_WORDS = {
     **dict.fromkeys(("end_turn", "stop_sequence", "tool_call_results"), "stop"),
     **dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "length"),
@@ -34,8 +34,9 @@ class Ending:
         """Take what a chunk says; returns whether the chunk is about the end."""
         reason, usage = finish_reason_in(chunk), usage_in(chunk)
         # Even a None is a report: a component whose chunks have the field, but no reason, may have been cut off.
-        self._is_reported = self._is_reported or reason is not None or "finish_reason" in chunk.meta
-        self._reason, self.usage = reason or self._reason, usage or self.usage
+        self._is_reported |= reason is not None or "finish_reason" in chunk.meta
+        self._reason = reason or self._reason
+        self.usage = usage or self.usage
         return bool(reason or (self._reason and usage))  # some upstreams send usage early, or with each chunk
 
     @property
@@ -48,7 +49,7 @@ def finish_reason_in(chunk: StreamingChunk) -> str | None:
     """Return the finish_reason in a chunk, in OpenAI's words where they are known."""
     delta = chunk.meta.get("delta")  # where Anthropic has it
     sources = [chunk.meta, delta] if isinstance(delta, dict) else [chunk.meta]
-    found = [chunk.finish_reason, *(source.get(name) for source in sources for name in REASONS)]
+    found = [chunk.finish_reason, *(source.get(name) for source in sources for name in REASON_KEYS)]
     reason = next((one for one in found if one and isinstance(one, str)), None)
     return reason and IN_OPENAIS_WORDS.get(reason, reason)
 
@@ -60,10 +61,28 @@ def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
 
 
 def numbers_in(usage: Any) -> dict[str, Any]:
-    """Return a usage without its nulls, and without all else that is no number."""
+    """Return the numbers in a usage, and those in its nested details."""
     values = usage.items() if isinstance(usage, dict) else ()
     details = {name: numbers_in(value) for name, value in values if isinstance(value, dict)}
     return {name: value for name, value in values if isinstance(value, int | float)} | details
+
+
+class Event(ChatCompletion):
+    """An event with this data, or else with `[DONE]`, which Hayhooks sends as it is.
+
+    Hayhooks' own events contain nulls, on which OpenAI's Node SDK throws, and put other keys beside `error`, so that
+    some clients miss it.
+    """
+
+    _data: str
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        # Hayhooks sends what `model_dump_json` returns, but only of a ChatCompletion, which requires these fields.
+        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])
+        self._data = json.dumps(data) if data else "[DONE]"
+
+    def model_dump_json(self, **_: Any) -> str:
+        return self._data
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
@@ -83,7 +102,8 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
             while item is not end:
                 if isinstance(item, StreamingChunk):
                     is_about_end = ending.note(item)
-                    # While a model reasons, its chunks have no text, and proxies cut idle connections.
+                    # While a model reasons, its chunks have no text, and proxies cut idle connections. Before the first
+                    # item, the event with the role has just been sent.
                     if item.content or not (is_about_end or item is first):
                         yield delta_event({"content": decoder.decode(text_of(item.content))})
                 else:
@@ -98,23 +118,6 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
     except Exception as error:
         yield Event({"error": {"message": str(as_http_exception(error).detail), "type": "server_error"}})
     yield Event()
-
-
-class Event(ChatCompletion):
-    """An event with this data, or else with `[DONE]`, which Hayhooks sends as it is.
-
-    Its own events have nulls, on which OpenAI's Node SDK throws, and keys beside `error`, which some clients overlook.
-    """
-
-    _data: str
-
-    def __init__(self, data: dict[str, Any] | None = None) -> None:
-        # Hayhooks sends what `model_dump_json` returns, but only of a ChatCompletion, which requires these fields.
-        super().__init__(id="", object="chat.completion.chunk", created=0, model="", choices=[])
-        self._data = json.dumps(data) if data else "[DONE]"
-
-    def model_dump_json(self, **_: Any) -> str:
-        return self._data
 
 
 async def as_completion(answer: AsyncGenerator[Any], model: str) -> ChatCompletion:

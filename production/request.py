@@ -23,7 +23,7 @@ NOT_ONLY_TEXT = "messages: this model reads text only, so remove the image or fi
 BLANK = "messages: your last message is blank, so write something."
 ONE_CHOICE = "n must be 1."
 NO_TOOLS = "tool_choice must be auto or none, as this model answers with text only."
-BAD_PARAMETERS = f"must be valid JSON of at most {MAX_PARAMETERS_KIB} KiB together."
+INVALID_PARAMETERS = f"must be valid JSON of at most {MAX_PARAMETERS_KIB} KiB together."
 
 
 class Conversation(NamedTuple):
@@ -92,5 +92,5 @@ def parse_parameters(body: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):  # a NaN, a lone surrogate or too many levels
         size = -1
     if not 0 <= size <= MAX_PARAMETERS_KIB * 1024:
-        raise HTTPException(400, f"{', '.join(parameters)} {BAD_PARAMETERS}")
+        raise HTTPException(400, f"{', '.join(parameters)} {INVALID_PARAMETERS}")
     return parameters

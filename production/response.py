@@ -1,4 +1,4 @@
-"""Turns the chunks of a pipeline into the response to a client, and limits how many clients there are at once."""
+"""Turns the chunks of a pipeline into the response to a client, and limits the number of clients."""
 
 import asyncio
 import contextlib
@@ -24,8 +24,8 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
     """Decorate a `run_chat_completion_async` that returns the chunks of an answer.
 
     The caller's `body` decides what it returns: the events of a stream if `stream` is true, one ChatCompletion if it is
-    false, and the chunks if there is no `stream`, as from Hayhooks' A2A server. Hayhooks always adds it for OpenAI
-    clients.
+    false, and the chunks if there is no `stream`, as from Hayhooks' A2A server. Hayhooks always sets it
+    for OpenAI clients.
 
     Raises HTTPException if the answer fails before its first chunk, or if the pipeline has MAX_CONCURRENT_STREAMS
     clients already. A stream that fails later ends with an error event; chunks and a ChatCompletion raise even then.
@@ -70,13 +70,13 @@ async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> Asyn
     async with contextlib.aclosing(lockstep.to_client(chunks)) as items:
         try:
             async for item in items:
-                if item is None:  # what a chat method has put in place of a chunk that it drops
+                if item is None:  # a chat method may yield None in place of a chunk that it drops
                     continue
                 is_empty = is_empty and not isinstance(item, StreamingChunk | str)
                 yield StreamingChunk(item) if isinstance(item, str) else item
         except Exception as error:
             failure = as_http_exception(error, lockstep.component_errors)
-            # Hayhooks has logged a component's error with its traceback, but not that of a chat method.
+            # Hayhooks has logged the error of a component, but not that of a chat method, and knows no status.
             log.error("An answer has failed, with status {} for the client: {!r}", failure.status_code, error)
             raise failure from error
     if is_empty:

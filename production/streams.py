@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# By which to know an object that keeps an HTTP response: of OpenAI and Anthropic, requests, httpx, botocore.
+# An object with one of these keeps an HTTP response: OpenAI's and Anthropic's streams, requests, httpx, botocore.
 RESPONSE_ATTRIBUTES = ("response", "iter_content", "iter_bytes", "_raw_stream")
 
 
 def close_streams(error: BaseException) -> None:
-    """Close the streams in the local variables of the functions that an error, and those before it, have ended."""
+    """Close the streams in the local variables of the functions that an error, and those in its context, have ended."""
     frames, errors = list[FrameType](), [error]
     for one in errors:  # which grows meanwhile
         frames += [frame for frame, _ in traceback.walk_tb(one.__traceback__)]

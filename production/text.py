@@ -1,4 +1,4 @@
-"""Reads the text of messages and chunks, which can also contain images, or end in half an emoji."""
+"""Reads the text of messages and chunks, which may also contain images, or end in half an emoji."""
 
 import codecs
 from typing import Any
@@ -21,7 +21,7 @@ def text_of_part(part: Any) -> str | None:
 class SurrogateDecoder:
     """Replaces unpaired surrogates, which UTF-8 cannot encode; JavaScript's `slice` makes them out of emojis.
 
-    The text can come in pieces, and the two halves of an emoji in two of them.
+    UTF-16 is what has surrogates: decoding it joins two halves of an emoji, even if they come in two pieces.
     """
 
     def __init__(self) -> None:

@@ -30,9 +30,9 @@ def tolerant(llm: Any) -> Any:
 
     def tolerant_create(**arguments: Any) -> Any:
         if not arguments.get("stream"):
-            return refusals.leave_out(create, arguments)
-        arguments["stream_options"] = {"include_usage": True}  # traces need it, too
-        return read_stream(lambda: refusals.leave_out(create, arguments))
+            return refusals.create_without_refused(create, arguments)
+        arguments["stream_options"] = {"include_usage": True}  # traces also need the usage
+        return read_stream(lambda: refusals.create_without_refused(create, arguments))
 
     # OpenAIGenerator calls the SDK's `create`, and iterates over what it returns.
     llm.client.chat.completions.create, llm._is_tolerant = tolerant_create, True
@@ -50,10 +50,10 @@ class Refusals:
         self._known: set[int] = set()
         self._logged: set[str] = set()
 
-    def leave_out(self, create: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call the SDK's `create` without the parameters that the model refuses."""
+    def create_without_refused(self, create: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call the SDK's `create`, without what the model is known to refuse, and again without what it refuses now."""
         sent, refused = dict(arguments), set[str]()
-        while name := next((name for name in sent if name not in refused and self._is_known(name, sent)), None):
+        while name := next((name for name in sent if name not in refused and self._is_refused(name, sent)), None):
             drop(name, sent, refused)
         while True:  # each round refuses one more, so this ends
             try:
@@ -62,7 +62,7 @@ class Refusals:
                 name, is_refusal = error.param, error.code in ("unsupported_parameter", "unsupported_value")
                 if not is_refusal or name not in DISPENSABLE or name not in sent:
                     raise
-                value, refusal = sent[name], refusal_of(name, sent, with_value=error.code == "unsupported_value")
+                value, refusal = sent[name], fingerprint(name, sent, error.code == "unsupported_value")
                 if not drop(name, sent, refused):
                     raise
             if len(self._known) == MAX_KNOWN:
@@ -72,14 +72,16 @@ class Refusals:
                 self._logged.add(name)
                 log.warning("The model does not support {}={:.100}, so it is left out.", name, repr(value))
 
-    def _is_known(self, name: str, sent: dict[str, Any]) -> bool:
-        return any(refusal_of(name, sent, with_value) in self._known for with_value in (True, False) if self._known)
+    def _is_refused(self, name: str, sent: dict[str, Any]) -> bool:
+        return any(
+            fingerprint(name, sent, only_this_value) in self._known for only_this_value in (True, False) if self._known
+        )
 
 
-def refusal_of(name: str, sent: dict[str, Any], with_value: bool) -> int:
-    """Return a hash of a parameter, with its value or without, and of all others: values can be large."""
+def fingerprint(name: str, sent: dict[str, Any], only_this_value: bool) -> int:
+    """Return a hash of a parameter, with this value or any, beside the others: values can be large."""
     others = [(other, sent[other]) for other in PARAMETERS if other in sent and other != name]
-    return hash(repr((name, sent[name] if with_value else None, others)))
+    return hash(repr((name, sent[name] if only_this_value else None, others)))
 
 
 def drop(name: str, sent: dict[str, Any], refused: set[str]) -> bool:
