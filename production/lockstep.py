@@ -46,7 +46,7 @@ class Lockstep:
         self._condition = threading.Condition()  # guards growing chunks; notified when one is read, and by `end`
 
     async def to_client(self, chunks: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
-        """Yield the chunks, each when the client asks for it; raises TimeoutError if it stopped reading for too long."""
+        """Yield the chunks, each when the client asks for it; raises TimeoutError if it has stalled for too long."""
         end = object()
         try:
             while (chunk := await self._next(chunks, end)) is not end:
