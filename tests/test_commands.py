@@ -73,7 +73,7 @@ def test_without_an_index_the_installer_says_why(tmp_path: Path) -> None:
     no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     status, said = outcome(RUN, "demo", PYTHON=sys.executable, XDG_CACHE_HOME=str(tmp_path), **no_index)
     assert status == 1
-    assert "No matching distribution found for hayhooks" in said.splitlines()[-2]
+    assert "No matching distribution found for " in said.splitlines()[-2]
 
 
 @pytest.mark.parametrize(("command", "by_pip"), [("demo", True), ("test --lowest", False)])

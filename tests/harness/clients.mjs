@@ -9,7 +9,6 @@ import { EventSourcePlus } from 'event-source-plus'
 import OpenAI from 'openai'
 
 const [baseURL, model, ...scenarios] = process.argv.slice(2)
-const openai = new OpenAI({ baseURL, apiKey: 'unused', maxRetries: 0 })
 const request = (question) => ({ model, messages: [{ role: 'user', content: question }] })
 const withUsage = { stream: true, stream_options: { include_usage: true } }
 const clock = {
@@ -17,46 +16,52 @@ const clock = {
   function: { name: 'clock', parse: JSON.parse, function: () => '12:00', parameters: { type: 'object', properties: {} } },
 }
 
-async function vercel(languageModel, question) {
+function completionsOf(retries) {
+  return new OpenAI({ baseURL, apiKey: 'unused', ...retries }).chat.completions
+}
+
+async function vercel(languageModel, question, retries) {
   let failure
-  const options = { model: languageModel, prompt: question, maxRetries: 0, onError: ({ error }) => (failure = error) }
-  const result = streamText(options)
+  const onError = ({ error }) => (failure = error)
+  const result = streamText({ model: languageModel, prompt: question, onError, ...retries })
   let text = ''
   for await (const part of result.textStream) text += part
   if (failure) throw failure
   return { text, finish: await result.finishReason, tokens: (await result.usage).totalTokens }
 }
 
+// Each takes the question, and how often to try again: `retries` is empty for as often as the client likes.
 const clients = {
-  async 'openai create'(question) {
+  async 'openai create'(question, retries) {
     let text = '', finish, usage
-    for await (const chunk of await openai.chat.completions.create({ ...request(question), ...withUsage })) {
+    for await (const chunk of await completionsOf(retries).create({ ...request(question), ...withUsage })) {
       text += chunk.choices[0]?.delta?.content ?? ''
       finish = chunk.choices[0]?.finish_reason ?? finish
       usage = chunk.usage ?? usage
     }
     return { text, finish, tokens: usage?.total_tokens }
   },
-  async 'openai whole'(question) {
-    const { choices, usage } = await openai.chat.completions.create(request(question))
+  async 'openai whole'(question, retries) {
+    const { choices, usage } = await completionsOf(retries).create(request(question))
     return { text: choices[0].message.content, finish: choices[0].finish_reason, tokens: usage.total_tokens }
   },
-  async 'openai stream'(question) {
-    const stream = openai.chat.completions.stream({ ...request(question), ...withUsage })
+  async 'openai stream'(question, retries) {
+    const stream = completionsOf(retries).stream({ ...request(question), ...withUsage })
     const { choices, usage } = await stream.finalChatCompletion()
     return { text: choices[0].message.content, finish: choices[0].finish_reason, tokens: usage?.total_tokens }
   },
-  async 'openai runTools'(question) {
-    const runner = openai.chat.completions.runTools({ ...request(question), ...withUsage, tools: [clock] })
+  async 'openai runTools'(question, retries) {
+    const runner = completionsOf(retries).runTools({ ...request(question), ...withUsage, tools: [clock] })
     const { choices } = await runner.finalChatCompletion()
     const tokens = (await runner.totalUsage()).total_tokens
     return { text: await runner.finalContent(), finish: choices[0].finish_reason, tokens }
   },
-  'ai-sdk openai': (question) => vercel(createOpenAI({ baseURL, apiKey: 'unused' }).chat(model), question),
-  'ai-sdk openai-compatible': (question) =>
-    vercel(createOpenAICompatible({ name: 'x', baseURL, includeUsage: true }).chatModel(model), question),
-  async langchain(question) {
-    const chat = new ChatOpenAI({ model, apiKey: 'unused', configuration: { baseURL }, maxRetries: 0 })
+  'ai-sdk openai': (question, retries) =>
+    vercel(createOpenAI({ baseURL, apiKey: 'unused' }).chat(model), question, retries),
+  'ai-sdk openai-compatible': (question, retries) =>
+    vercel(createOpenAICompatible({ name: 'x', baseURL, includeUsage: true }).chatModel(model), question, retries),
+  async langchain(question, retries) {
+    const chat = new ChatOpenAI({ model, apiKey: 'unused', configuration: { baseURL }, ...retries })
     let whole
     for await (const chunk of await chat.stream(question)) whole = whole ? whole.concat(chunk) : chunk
     return {
@@ -98,7 +103,8 @@ const made = {}
 for (const [name, ask] of Object.entries(clients)) {
   for (const scenario of scenarios) {
     const question = `${name}: ${scenario}`
-    made[question] = await ask(question).catch((error) => ({ error: String(error.message ?? error) }))
+    const retries = scenario === 'refused' ? {} : { maxRetries: 0 }
+    made[question] = await ask(question, retries).catch((error) => ({ error: String(error.message ?? error) }))
   }
 }
 console.log(JSON.stringify(made))
