@@ -19,6 +19,7 @@ STALLED = f"The client has not read for {PATIENCE} seconds, so its answer has en
 Callback = Callable[[Any], None]
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP", default=None)
+LOCKSTEP_OF_RUN: ContextVar["Lockstep | None"] = ContextVar("LOCKSTEP_OF_RUN", default=None)  # inside of a component
 
 
 class AnswerOver(asyncio.CancelledError):
@@ -87,19 +88,17 @@ class Lockstep:
         key, send_now = id(component), self.stopping_callback(callback)
 
         def send(chunk: Any) -> None:
+            if LOCKSTEP_OF_RUN.get() is not self:  # Hayhooks' callback would send the chunk to the client of this run
+                raise RuntimeError("This streaming_callback is that of another answer.")
             with self._condition:
                 last: Any = self._last_sent.get(key)
                 if is_growing(last) and not self._is_over and last.try_join(chunk):
                     return
                 self._wait_until_read(key)
-                if isinstance(chunk, StreamingChunk):
-                    chunk = GrowingChunk.copy_of(chunk, self._condition)
-                self._last_sent[key] = chunk
-            try:
-                send_now(chunk)
-            except BaseException:
-                self._last_sent[key] = None  # nobody will read it
-                raise
+            if isinstance(chunk, StreamingChunk):
+                chunk = GrowingChunk.copy_of(chunk, self._condition)
+            send_now(chunk)
+            self._last_sent[key] = chunk
 
         return send
 
@@ -129,8 +128,9 @@ class Lockstep:
             try:
                 return call()
             except BaseException as error:
-                # asyncio would wait forever for a StopIteration, and end the server for a SystemExit.
-                if self._is_over or (isinstance(error, Exception) and not isinstance(error, StopIteration)):
+                # asyncio would wait forever for a StopIteration, replace a TimeoutError, and end for a SystemExit.
+                is_fit = isinstance(error, Exception) and not isinstance(error, StopIteration | TimeoutError)
+                if self._is_over or is_fit:
                     raise
                 raise RuntimeError(f"The component raised {error!r}.") from error
 
@@ -145,6 +145,7 @@ class Lockstep:
         """Raise AnswerOver if the answer is over when this block starts or ends, whatever the component has raised."""
         if self._is_over:
             raise AnswerOver
+        LOCKSTEP_OF_RUN.set(self)
         token = CURRENT_LOCKSTEP.set(None)  # so that a stoppable component inside this one does not wait as well
         try:
             yield

@@ -106,8 +106,8 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
                     # item, the event with the role has just been sent.
                     if item.content or not (is_about_end or item is first):
                         yield delta_event({"content": decoder.decode(text_of(item.content))})
-                else:
-                    yield item  # what Hayhooks' callbacks add, such as the event of a tool
+                elif isinstance(item, ChatCompletion) or hasattr(item, "to_event_dict"):
+                    yield item  # as Hayhooks sends it; behind anything else it would add a finish_reason of its own
                 item = await anext(rest, end)
         if half_an_emoji := decoder.decode("", is_last=True):
             yield delta_event({"content": half_an_emoji})

@@ -18,13 +18,16 @@ from harness.upstream import USAGE, Reply, Upstream
 from pydantic import BaseModel
 
 BROKE_OFF = "The answer could not be completed."
-SCENARIOS = {
+REPLIES = {
     "whole": Reply(),
-    "busy": Reply(status=429, error={"error": {"message": "Slow down."}}, headers={"Retry-After": "1"}),
-    "refused": Reply(
-        status=401, error={"error": {"message": "No."}}
-    ),  # here the clients try again as often as they like
+    "busy": Reply(status=429, error={}, headers={"Retry-After": "1"}),
+    "refused": Reply(status=401, error={}),  # after which the clients may try again as often as they like
     "cut": Reply(then="break"),
+}
+FAILURES: dict[str, tuple[Any, str]] = {
+    "busy": (openai.RateLimitError, "The upstream is busy, or its quota is used up."),
+    "refused": (openai.BadRequestError, "The upstream refused the server's credentials."),
+    "cut": (openai.APIError, BROKE_OFF),
 }
 IN_NODE = [
     *("openai create", "openai whole", "openai stream", "openai runTools", "ai-sdk openai"),
@@ -34,14 +37,14 @@ INSTALL = "npm install --prefer-offline --fetch-retries 2 --no-package-lock --no
 WHOLE = {"text": "Hello, world!", "finish": "stop", "tokens": USAGE["total_tokens"]}
 
 
-def scenario(body: dict[str, Any]) -> Reply:
+def reply_for(body: dict[str, Any]) -> Reply:
     """Return the reply that the question names."""
-    return SCENARIOS[str(body["messages"][-1]["content"]).split()[-1]]
+    return REPLIES[str(body["messages"][-1]["content"]).split()[-1]]
 
 
 @pytest.fixture(scope="module")
-def made(server: Server, shared_upstream: Upstream) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-    """What each client in Node made of each scenario, and how often the upstream was asked for it."""
+def made(server: Server, shared_upstream: Upstream) -> dict[str, tuple[dict[str, Any], int]]:
+    """What each client in Node made of each reply, and how often the upstream was asked for it, by the question."""
     folder, harness = CACHE / "node", Path(__file__).with_name("harness")
     folder.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "node.lock", "w") as lock:
@@ -53,33 +56,25 @@ def made(server: Server, shared_upstream: Upstream) -> tuple[dict[str, dict[str,
         except (OSError, subprocess.SubprocessError) as error:
             unavailable(f"npm cannot install the packages: {getattr(error, 'stderr', None) or error!r}")
     shared_upstream.forget()
-    shared_upstream.reply = scenario
-    command = ["node", "clients.mjs", f"{server.url}/v1", NAME, *SCENARIOS]
+    shared_upstream.reply = reply_for
+    command = ["node", "clients.mjs", f"{server.url}/v1", NAME, *REPLIES]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     asked = Counter(one.body["messages"][-1]["content"] for one in shared_upstream.received)
-    return json.loads(done.stdout), asked
+    return {question: (answer, asked[question]) for question, answer in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", REPLIES)
 @pytest.mark.parametrize("client", IN_NODE)
 def test_a_client_in_node_asks_once_and_sees_the_answer_or_its_failure(
-    made: tuple[dict[str, dict[str, Any]], Counter[str]], client: str, name: str
+    made: dict[str, tuple[dict[str, Any], int]], client: str, name: str
 ) -> None:
-    answers, asked = made
-    question = f"{client}: {name}"
-    assert asked[question] == 1
+    answer, asked = made[f"{client}: {name}"]
+    assert asked == 1
     if name == "whole":
-        assert answers[question] == WHOLE
+        assert answer == WHOLE
     else:
-        assert list(answers[question]) == ["error"]
-        assert (BROKE_OFF in answers[question]["error"]) == (name == "cut" and client != "openai whole")
-
-
-FAILURES: dict[str, tuple[Any, str]] = {
-    "busy": (openai.RateLimitError, "The upstream is busy, or its quota is used up."),
-    "refused": (openai.BadRequestError, "The upstream refused the server's credentials."),
-    "cut": (openai.APIError, BROKE_OFF),
-}
+        assert list(answer) == ["error"]
+        assert (BROKE_OFF in answer["error"]) == (name == "cut" and client != "openai whole")
 
 
 def create(sdk: openai.OpenAI, request: Any) -> dict[str, Any]:
@@ -106,14 +101,14 @@ def read(completion: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ask", [create, create_whole, stream])
 def test_the_openai_sdk(chat: Chat, upstream: Upstream, ask: Callable[[openai.OpenAI, Any], dict[str, Any]]) -> None:
-    upstream.reply = scenario
+    upstream.reply = reply_for
     assert ask(chat.sdk, asking("whole")) == WHOLE
     for name, (error, sentence) in FAILURES.items():
         retries = openai.DEFAULT_MAX_RETRIES if name == "refused" else 0
         with pytest.raises(error) as failed:
             ask(chat.sdk.with_options(max_retries=retries), asking(name))
         assert sentence in (failed.value.message, *(failed.value.body or {}).values())
-    assert len(upstream.received) == len(SCENARIOS)
+    assert len(upstream.received) == len(REPLIES)
 
 
 def asking(question: str) -> dict[str, Any]:
@@ -124,14 +119,10 @@ class City(BaseModel):
     name: str
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_the_openai_sdk_parses_an_answer_with_a_schema(chat: Chat, upstream: Upstream, streamed: bool) -> None:
+def test_the_openai_sdk_parses_an_answer_with_a_schema(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = Reply(tokens=['{"name": ', '"Rome"}'])
     completions, request = chat.sdk.chat.completions, {**asking("Where?"), "response_format": City}
-    if streamed:
-        with completions.stream(**request) as events:
-            completion: Any = events.get_final_completion()
-    else:
-        completion = completions.parse(**request)
-    assert completion.choices[0].message.parsed == City(name="Rome")
+    with completions.stream(**request) as events:
+        found: list[Any] = [events.get_final_completion(), completions.parse(**request)]
+    assert [completion.choices[0].message.parsed for completion in found] == [City(name="Rome")] * 2
     assert upstream.received[0].body["response_format"]["json_schema"]["name"] == "City"

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.local_model import MODEL
@@ -19,7 +20,6 @@ from harness.upstream import Reply, Upstream
 
 RUN = str(EXAMPLE / "tests" / "run")
 DEMO = [sys.executable, "-B", str(EXAMPLE / "tests" / "demo.py")]
-FOR_LINTERS = ("tests/run", "tests/mypy.ini", "tests/requirements.txt", "requirements.txt", ".ruff.toml")
 # An interpreter whose environments hold stubs: of Python, and of uv, which fails with what $UV_FAILS says, or says in
 # $GATE, a named pipe, that it runs, and waits. A stub of pytest is in the PATH.
 STUBS = {
@@ -34,7 +34,7 @@ STUBS = {
             *demo.py*) echo "the demo runs" ;;
         esac""",
     "uv": """
-        [ ! -p "$GATE" ] || { echo runs >"$GATE" && : >"$GATE.open"; }
+        [ ! -p "$GATE" ] || { echo runs >"$GATE" && cat "$GATE"; }
         [ -z "${UV_FAILS:-}" ] || { echo "$UV_FAILS" >&2 && exit 1; }""",
     "pytest": 'echo "the tests run: $*"',
     "too_old": '[ "$*" = -V ] && echo Python 3.9.18',
@@ -82,22 +82,19 @@ def test_pip_steps_in_for_uv_but_for_the_lowest(stubs: dict[str, str], command: 
     assert (status == 0, "pip installs" in said, "no such release" in said) == (by_pip, by_pip, True)
 
 
-def test_an_interrupted_installation_is_made_again(stubs: dict[str, str]) -> None:
-    with started_at_the_gate(stubs) as first:
-        os.killpg(first.pid, signal.SIGINT)
-        assert first.communicate()[0].endswith("\nStopped.\n")
-    os.unlink(stubs["GATE"])
-    assert "Installing into" in outcome(RUN, "demo", **stubs)[1]
+def test_an_interrupted_installation_is_made_again_once(stubs: dict[str, str]) -> None:
+    os.mkfifo(stubs["GATE"])
+    with started(RUN, "demo", **stubs) as first:
+        assert Path(stubs["GATE"]).read_text() == "runs\n"
+        with started(RUN, "demo", **stubs) as second, started(RUN, "demo", **stubs) as third:
+            for waiting in (second, third):
+                read_until(waiting, "Another start is installing")
+            os.unlink(stubs["GATE"])
+            os.killpg(first.pid, signal.SIGINT)
+            assert first.communicate()[0].endswith("\nStopped.\n")
+            said = second.communicate()[0] + third.communicate()[0]
+    assert (said.count("Installing into"), said.count("the demo runs")) == (1, 2)
     assert outcome(RUN, "demo", **stubs) == (0, "the demo runs\n")
-
-
-def test_two_starts_at_once_install_once(stubs: dict[str, str]) -> None:
-    with started_at_the_gate(stubs) as first, started(RUN, "demo", **stubs) as second:
-        read_until(second, "Another start is installing")
-        os.unlink(stubs["GATE"])
-        Path(stubs["GATE"] + ".open").read_bytes()
-        assert second.communicate()[0] == "the demo runs\n"
-        read_until(first, "the demo runs")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +110,7 @@ def test_each_linter_fails_the_run(
     stubs: dict[str, str], tmp_path: Path, code: str, status: int, sentence: str
 ) -> None:
     (tmp_path / "folder" / "tests").mkdir(parents=True)
-    for file in FOR_LINTERS:
+    for file in ("tests/run", "tests/mypy.ini", "tests/requirements.txt", "requirements.txt", ".ruff.toml"):
         shutil.copy(EXAMPLE / file, tmp_path / "folder" / file)
     (tmp_path / "folder" / "pipeline_wrapper.py").write_text(code)
     found, said = outcome(f"{tmp_path}/folder/tests/run", "test", "-k", "one", **stubs)
@@ -167,15 +164,12 @@ def test_a_silent_upstream_is_waited_for_audibly_until_ctrl_c(upstream: Upstream
 @contextlib.contextmanager
 def started(*command: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
     """Run a command in a session of its own, as a terminal does; nothing of it outlives the block."""
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    ) as process:
+    options: Any = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    options["env"] = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
+    options["preexec_fn"] = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # what runs in the background ignores it
+    with subprocess.Popen(command, **options) as process:
         try:
             yield process
         finally:
@@ -193,13 +187,3 @@ def outcome(*command: str, **variables: str) -> tuple[int, str]:
 def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     assert process.stdout
     assert any(text in line for line in process.stdout), f"{text!r} was never printed"
-
-
-@contextlib.contextmanager
-def started_at_the_gate(stubs: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
-    """Run the demo up to where it installs."""
-    for name in (stubs["GATE"], stubs["GATE"] + ".open"):
-        os.mkfifo(name)
-    with started(RUN, "demo", **stubs) as process:
-        assert Path(stubs["GATE"]).read_text() == "runs\n"
-        yield process

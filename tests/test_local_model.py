@@ -30,15 +30,6 @@ def model() -> Iterator[Chat]:
         unavailable(str(error))
 
 
-def test_a_conversation(model: Chat) -> None:
-    turns = [{"role": "user", "content": QUESTIONS[3]}]
-    first = model.events(turns)
-    assert len(first) > 3
-    turns.append({"role": "assistant", "content": text_of(first)})
-    turns.append({"role": "user", "content": "Say the name of that city again."})
-    assert "Rome" in model.post(turns, max_tokens=40).json()["choices"][0]["message"]["content"]
-
-
 @pytest.mark.parametrize(("question", "word"), zip([*QUESTIONS, *OTHERS], [*WORDS, "", "", ""], strict=True))
 def test_an_answer_ends_and_says_nothing_twice(model: Chat, question: str, word: str) -> None:
     events = model.events(question)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from harness import wire_formats
 from harness.client import Chat, finish_reasons, text_of
-from harness.elsewhere import MESSAGES, ONE_RUN_IS_ENOUGH, PROMPT, served_from, wrapper_of
+from harness.other_environments import MESSAGES, ONE_RUN_IS_ENOUGH, PROMPT, served_from, wrapper_of
 from harness.serving import KEY, Server
 from harness.upstream import USAGE, Reply, Script, Upstream, openai
 

@@ -104,7 +104,9 @@ for (const [name, ask] of Object.entries(clients)) {
   for (const scenario of scenarios) {
     const question = `${name}: ${scenario}`
     const retries = scenario === 'refused' ? {} : { maxRetries: 0 }
-    made[question] = await ask(question, retries).catch((error) => ({ error: String(error.message ?? error) }))
+    const patience = new Promise((_, reject) => setTimeout(reject, 20_000, new Error('it does not end')))
+    const answer = Promise.race([ask(question, retries), patience])
+    made[question] = await answer.catch((error) => ({ error: String(error.message ?? error) }))
   }
 }
 console.log(JSON.stringify(made))

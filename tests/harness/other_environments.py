@@ -1,4 +1,4 @@
-"""Servers from environments of their own, for small wrappers that import from `production`."""
+"""Servers of small wrappers that import from `production`, here or in environments of their own."""
 
 import contextlib
 import os
@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from harness import serving
-from harness.environments import InstallError, install
+from harness.environments import InstallError, install, unavailable
 
 # What is installed beside the tests plays no part.
-ONE_RUN_IS_ENOUGH = pytest.mark.skipif(
-    serving.TESTS_OTHER_WRAPPER or bool(os.environ.get("LOWEST")), reason="tests this folder with the newest releases"
-)
+ONE_RUN_IS_ENOUGH = pytest.mark.skipif(bool(os.environ.get("LOWEST")), reason="brings releases of its own")
 
 HAYSTACK_2 = ["hayhooks>=2,<3", "haystack-ai>=2,<3"]
 ENVIRONMENTS = {
@@ -66,35 +64,47 @@ def wrapper_of(component: str, arguments: str = "", inputs: str = PROMPT) -> str
     return WRAPPER.format(module=module, name=name, arguments=arguments, inputs=inputs)
 
 
-def write_pipelines(folder: Path, pipelines: dict[str, dict[str, str]]) -> None:
-    """Write the files of pipelines, each into a folder of its name beside a copy of `production`."""
+SPEAKING = Path(__file__).with_name("speaking.py").read_text()
+SPEAKERS = {
+    model: {"pipeline_wrapper.py": wrapper_of(f".speaking.{name}"), "speaking.py": SPEAKING}
+    for model, name in (("sync_speaker", "SyncSpeaker"), ("async_speaker", "AsyncSpeaker"))
+}
+
+
+def write_pipelines(folder: Path, pipelines: dict[str, dict[str, str]], patience: int = 60) -> None:
+    """Write the files of pipelines, each into a folder of its name beside a copy of `production`.
+
+    `patience` is how many seconds a client may stop reading.
+    """
     for name, files in pipelines.items():
         serving.copy_wrapper(serving.EXAMPLE / "production", folder / name / "production")
+        lockstep = folder / name / "production" / "lockstep.py"
+        code = lockstep.read_text()
+        assert code.count("PATIENCE = 60") == 1
+        lockstep.write_text(code.replace("PATIENCE = 60", f"PATIENCE = {patience}"))
         for file, source in files.items():
             (folder / name / file).write_text(source)
 
 
-def let_clients_pause(folder: Path, seconds: int) -> None:
-    """Change how long a client may stop reading, in the copy of `production` in a folder."""
-    lockstep = folder / "production" / "lockstep.py"
-    code = lockstep.read_text()
-    assert code.count("PATIENCE = 60") == 1
-    lockstep.write_text(code.replace("PATIENCE = 60", f"PATIENCE = {seconds}"))
-
-
 @contextlib.contextmanager
-def served_from(environment: str, pipelines: dict[str, dict[str, str]], **variables: str) -> Iterator[serving.Server]:
-    """Serve pipelines, the files of each by its name, from an environment; skip the test if it cannot be installed."""
-    try:
-        scripts = install(environment, *ENVIRONMENTS[environment])
-    except InstallError as error:
-        pytest.skip(f"{environment} cannot be installed: {error}")
+def served_from(
+    environment: str | None, pipelines: dict[str, dict[str, str]], patience: int = 60, **variables: str
+) -> Iterator[serving.Server]:
+    """Serve pipelines, the files of each by its name, from an environment, or from that of the tests if it is None.
+
+    Without the environment, the test is skipped, or fails in CI.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        write_pipelines(Path(folder), pipelines)
+        write_pipelines(Path(folder), pipelines, patience)
         # Two that import the same package in parallel can fail.
         here = {"HAYHOOKS_PIPELINES_DIR": folder, "HAYHOOKS_STARTUP_DEPLOY_STRATEGY": "sequential"}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serving, "HAYHOOKS", str(scripts / "hayhooks"))
+            if environment:
+                try:
+                    scripts = install(environment, *ENVIRONMENTS[environment])
+                except InstallError as error:
+                    unavailable(f"{environment} cannot be installed: {error}")
+                patch.setattr(serving, "HAYHOOKS", str(scripts / "hayhooks"))
             server = stack.enter_context(serving.hayhooks(**here, **variables))
         assert "Skipping pipeline" not in server.log, server.log
         yield server

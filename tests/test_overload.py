@@ -1,0 +1,193 @@
+"""Many streams at once: slots, threads, and what each client reads; other pipelines, deploys and redeploys."""
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import psutil
+import pytest
+from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.in_process import ask, chunks_of, pipeline_of, text_from
+from harness.serving import EXAMPLE, NAME, deployed, wait_until
+from harness.speaking import SyncSpeaker, say
+from harness.upstream import Reply, Upstream
+from haystack.dataclasses import StreamingChunk
+
+from production import stoppable
+
+
+@contextlib.contextmanager
+def open_streams(chat: Chat, upstream: Upstream, number: int) -> Iterator[None]:
+    """Hold streams open whose clients have read half of their answers; check at the end that they get the rest."""
+    upstream.reply, names = (
+        lambda body: Reply([body["messages"][0]["content"]] * 2, gated=True),
+        list(map(str, range(number))),
+    )
+    upstream.release()
+    with ThreadPoolExecutor(number) as threads, contextlib.ExitStack() as clients:
+        streams = list(threads.map(lambda name: clients.enter_context(chat.open_patiently(name)), names))
+        assert [next(texts_of(events)) for events in streams] == names
+        assert upstream.open == number
+        yield
+        upstream.release()
+        upstream.release()
+        assert [text_of(events) for events in streams] == names
+
+
+def test_200_streams_do_not_mix(chat: Chat, upstream: Upstream) -> None:
+    with open_streams(chat, upstream, 200):
+        pass
+
+
+def test_what_exceeds_the_slots_is_refused_at_once(small: Chat, upstream: Upstream) -> None:
+    with open_streams(small, upstream, 8):
+        run = small.http.post(f"/{NAME}/run", json={"question": "Hi"})
+        for refused in (small.post(stream=True), small.post(stream=False), run):
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json() == {"detail": "All streams are in use: try again."}
+        assert len(upstream.received) == 8
+
+
+def leave(chat: Chat) -> None:
+    with chat.open() as events:
+        next(texts_of(events))
+
+
+def leave_early(chat: Chat, upstream: Upstream, stream: bool) -> None:
+    """Close the connection when a request has reached the upstream, which has not answered yet."""
+    request = chat.http.build_request("POST", "/v1/chat/completions", json=chat.request(stream=stream))
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection(("127.0.0.1", chat.server.port)) as client:
+        client.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+        upstream.wait_until(lambda: len(upstream.received) == 8)
+
+
+LONG, LATE = Reply(["token "] * 1000, pace=0.02), Reply(role=False, pace=0.5)
+WAYS: dict[str, tuple[Reply, Callable[..., Any]]] = {
+    "stream": (Reply(), lambda chat, _: chat.events()),
+    "whole": (Reply(), lambda chat, _: chat.post()),
+    "bad input": (Reply(), lambda chat, _: chat.post(" ")),
+    "500": (Reply(status=500, error={}), lambda chat, _: chat.post()),
+    "break": (Reply(then="break"), lambda chat, _: chat.events()),
+    "stall": (Reply(role=False, tokens=[], then="stall"), lambda chat, _: chat.post()),
+    "left": (LONG, lambda chat, _: leave(chat)),
+    "left early": (LATE, partial(leave_early, stream=True)),
+    "left early, whole": (LATE, partial(leave_early, stream=False)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_slot_always_returns(small: Chat, upstream: Upstream, way: str) -> None:
+    upstream.reply, ask = WAYS[way]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: ask(small, upstream), range(8)))
+    upstream.wait_until(lambda: not upstream.open)
+    upstream.forget()
+    with open_streams(small, upstream, 8):
+        pass
+
+
+def test_threads_are_used_again_and_connections_closed(chat: Chat, upstream: Upstream) -> None:
+    process, threads, upstream.reply = psutil.Process(chat.server.process.pid), list[int](), LONG
+    for _ in range(3):
+        with ThreadPoolExecutor(20) as clients:
+            list(clients.map(leave, [chat] * 20))
+        upstream.wait_until(lambda: not upstream.open)
+        threads.append(process.num_threads())
+    assert threads[0] == threads[1] == threads[2]
+
+
+def test_others_go_on_when_all_slots_are_taken(small: Chat, upstream: Upstream) -> None:
+    with open_streams(small, upstream, 8):
+        upstream.reply, neighbour = Reply(), Chat(small.server, done=False)
+        small.server.deploy(EXAMPLE / "tests" / "harness" / "plain_wrapper.py", "neighbour")
+        with ThreadPoolExecutor(12) as threads:
+            answers = list(threads.map(lambda _: text_of(neighbour.events(model="neighbour")), range(12)))
+        assert answers == ["Hello, world!"] * 12
+
+
+def test_redeploys_break_no_stream_and_leave_no_thread_behind(upstream: Upstream) -> None:
+    # With a neighbour's setting, which does not switch streaming off.
+    with deployed(OPENAI_BASE_URL=upstream.url, HAYHOOKS_STREAMING_COMPONENTS="other") as server:
+        chat, process = Chat(server), psutil.Process(server.process.pid)
+        with open_streams(chat, upstream, 80):
+            for _ in range(3):
+                server.deploy()
+                leave(chat)
+            before = process.num_threads()
+        upstream.reply = Reply()
+        assert text_of(chat.events()) == "Hello, world!"
+        wait_until(lambda: process.num_threads() < before / 2, "the threads of 80 streams to end")
+
+
+# In this process
+
+
+def script(name: str, seed: str, pause: Callable[[float], None] = lambda _: None) -> Iterator[StreamingChunk]:
+    """Yield a random answer: texts of all sizes with the name of their author, and what comes between them."""
+    dice = random.Random(name + seed)
+    for number in range(dice.randint(1, 24)):
+        usage, end = {"prompt_tokens": int(seed), "completion_tokens": number}, dice.choice(["stop", "length"])
+        meta = dice.choice([*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": end}])
+        text = "" if "thought" in meta else f"{name}{number}{'.' * dice.choice([0, 3, 300])} "
+        pause(dice.choice([*[0] * 9, 0.003]))
+        yield (chunk := StreamingChunk(text, meta=dict(meta)))
+        assert (chunk.content, chunk.meta) == (text, meta)  # it is the component's, which builds its reply from it
+
+
+def assert_complete(names: str, seed: str, items: list[str]) -> None:
+    *events, done = (item if item == "[DONE]" else json.loads(item) for item in items)
+    sent = [list(script(name, seed)) for name in names]
+    texts = ["".join(chunk.content for chunk in chunks) for chunks in sent]
+    assert ["".join(re.findall(rf"{name}\d+\.* ", text_of(events))) for name in names] == texts
+    assert len(text_of(events)) == len("".join(texts))
+
+    def last(key: str) -> list[Any]:
+        return [chunk.meta[key] for chunks in sent for chunk in [one for one in chunks if key in one.meta][-1:]]
+
+    [reason] = finish_reasons(events)
+    assert finish_reasons(events[-2:]) == [reason]
+    assert reason in (last("finish_reason") or ["stop"])
+    assert [event["usage"] in last("usage") for event in events if "usage" in event] == [True] * bool(last("usage"))
+    assert done == "[DONE]"
+
+
+def test_what_5000_clients_read_is_what_components_sent_in_order_and_once() -> None:
+    def pipeline_by(names: str) -> Any:
+        return pipeline_of(*(stoppable(SyncSpeaker(partial(script, name, pause=time.sleep))) for name in names))
+
+    pipelines, turns = {names: pipeline_by(names) for names in ("a", "ab")}, asyncio.Semaphore(200)
+
+    async def read(names: str, seed: str) -> None:
+        async with turns:
+            items, chat = [], partial(chunks_of, pipelines[names], *[{"prompt": seed}] * len(names))
+            async for item in await ask(chat, stream=True, stream_options={"include_usage": True}):
+                items.append(item.model_dump_json())
+                await asyncio.sleep(int(seed) % 3 / 1000)  # some read slowly
+            assert_complete(names, seed, items)
+
+    async def read_all() -> None:
+        await asyncio.gather(*(read("a" if seed % 3 else "ab", str(seed)) for seed in range(5000)))
+
+    asyncio.run(read_all())
+
+
+def test_a_thread_is_at_most_eight_chunks_ahead() -> None:
+    ahead, other = (stoppable(SyncSpeaker(lambda _: say("x" * 2000))) for _ in range(2))
+
+    async def read_one_and_another_answer() -> int:
+        async with contextlib.aclosing(await ask(lambda: chunks_of(pipeline_of(ahead)))) as chunks:
+            read = len((await anext(chunks)).content)
+            await text_from(lambda: chunks_of(pipeline_of(other)))  # in the time of which it could send all
+            return ahead.sent - read
+
+    # One more waits to be sent.
+    assert 1 <= asyncio.run(read_one_and_another_answer()) <= 8 + 1

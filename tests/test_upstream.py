@@ -1,0 +1,255 @@
+"""What a client gets from upstreams as they are: odd ones, those that fail, and those that refuse parameters."""
+
+import itertools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.serving import KEY, NAME
+from harness.upstream import Reply, Upstream
+from hayhooks import log
+from haystack.components.generators import OpenAIGenerator
+from haystack.utils import Secret
+
+from production.failure import BUSY, FAILED, NO_CREDENTIALS, REFUSED, TOO_LATE
+from production.upstream import tolerant
+
+
+def raw(*events: Any, then: Any = "end") -> Reply:
+    """Return a reply of these events, of which a string is sent as it is."""
+    texts = (event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n" for event in events)
+    return Reply(raw="".join(texts), then=then)
+
+
+def choice(delta: Any, **more: Any) -> Any:
+    return {"choices": [{"index": 0, "delta": delta, **more}]}
+
+
+USAGE, FILTERED = {"prompt_tokens": 7, "completion_tokens": 2}, {"choices": [], "prompt_filter_results": []}
+A, B, HM = (choice(delta) for delta in ({"content": "Hello "}, {"content": "world"}, {"reasoning_content": "Hm."}))
+STOP, HM_STOP = (choice(delta, finish_reason="stop") for delta in ({}, {"reasoning_content": "Hm."}))
+A_STOP, B_STOP = ({**choice({"content": text}, finish_reason="stop"), "usage": USAGE} for text in ("Hello ", "world"))
+DONE, NO_JSON, ERROR = "data: [DONE]\n\n", "data: {no\n\n", {"error": {"message": f"/opt/models refuses {KEY}"}}
+PARTS, CALL = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Hello "}], {"id": "c1", "function": None}
+ONLY_USAGE = {"choices": [], "usage": USAGE}
+ODD: list[Any] = [
+    *(": ping\n\n", {"id": "ping"}, ONLY_USAGE, ONLY_USAGE | {"choices": None}, FILTERED, HM),
+    *({"choices": [{"index": 0}]}, choice(None), choice({"content": None}), choice({"tool_calls": [CALL]})),
+]
+
+
+@pytest.mark.parametrize(
+    ("events", "then", "reason"),
+    [
+        *(([odd, A, odd, B, odd, STOP, odd, DONE], "end", "stop") for odd in ODD),
+        *(([A, B, STOP], then, "stop") for then in ("end", "break", "stall")),
+        *(([*events, DONE], "end", "stop") for events in ([A, B, STOP, ERROR], [A, B_STOP], [A_STOP, B_STOP])),
+        ([A, STOP, B, DONE], "end", "stop"),
+        *(([choice(delta), B, STOP, DONE], "end", "stop") for delta in ({"refusal": "Hello "}, {"content": PARTS})),
+        *(([A, B, choice({}, finish_reason=reason), DONE], "end", reason) for reason in ("model_length", None)),
+        ([A, B], "end", None),
+    ],
+)
+def test_an_odd_answer_is_an_answer(small: Chat, upstream: Upstream, events: Any, then: Any, reason: Any) -> None:
+    upstream.reply = raw(*events, then=then)
+    usage = USAGE if "usage" in upstream.reply.raw else None
+    received, whole = small.events(stream_options={"include_usage": True}), small.post().json()
+    assert text_of(received) == whole["choices"][0]["message"]["content"] == "Hello world"
+    assert finish_reasons(received) == ([reason] if reason else [])
+    assert [event.get("usage") for event in received if not event.get("choices")] == ([usage] if usage else [])
+    assert (whole["choices"][0]["finish_reason"], whole["usage"]) == (reason, usage)
+
+
+def failing(status: int, message: str = f"/opt/models refuses {KEY}") -> Reply:
+    return Reply(status=status, error={"error": {"message": message}}, headers={"Retry-After": "17", "X-Internal": "1"})
+
+
+NO_ANSWER: list[Any] = [" ", "<html>", DONE, NO_JSON, ERROR, ["Hi"], {"object": "error"}, ONLY_USAGE, FILTERED]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("reply", "status", "detail"),
+    [
+        (failing(400, f"You asked {KEY} too much."), 400, "You asked [key] too much."),
+        *((failing(401), 400, NO_CREDENTIALS), (failing(404), 400, REFUSED), (failing(429), 429, BUSY)),
+        *((failing(500), 502, FAILED), *((raw(event, DONE), 502, FAILED) for event in NO_ANSWER)),
+        *((Reply([], role=False, then="break"), 502, FAILED), (Reply([], role=False, then="stall"), 504, TOO_LATE)),
+    ],
+)
+def test_a_failure_before_the_first_chunk(
+    small: Chat, upstream: Upstream, reply: Reply, status: int, detail: str, stream: bool
+) -> None:
+    upstream.reply, logged = reply, len(small.server.log)
+    failed = small.post(stream=stream)
+    assert (failed.status_code, failed.json()) == (status, {"detail": detail})
+    retry = "17" if status == 429 else None, "false" if detail in (NO_CREDENTIALS, REFUSED) else None, None
+    assert tuple(map(failed.headers.get, ("retry-after", "x-should-retry", "x-internal"))) == retry
+    assert " | ERROR " in small.server.log[logged:]
+    assert len(upstream.received) == 1  # retries are the caller's
+
+
+@pytest.mark.parametrize(
+    ("events", "then", "status"),
+    [
+        *(([A, B, event, DONE], "end", 502) for event in (ERROR, NO_JSON)),
+        *((events, "break", 502) for events in ([A, B], [A, STOP, B], [A_STOP, B_STOP], [HM_STOP, A, B])),
+        *(([A, B], "stall", 504), ([A_STOP, B_STOP], "stall", 504), ([A_STOP, B, ERROR, DONE], "end", 502)),
+    ],
+)
+def test_a_failure_after_it(small: Chat, upstream: Upstream, events: Any, then: Any, status: int) -> None:
+    upstream.reply, detail = raw(*events, then=then), {502: FAILED, 504: TOO_LATE}[status]
+    *received, last = small.events(stream_options={"include_usage": True})
+    assert (text_of(received), finish_reasons(received)) == ("Hello world", [])
+    assert all(event["choices"] for event in received)
+    assert last == {"error": {"message": detail, "type": "server_error"}}
+    whole = small.post()
+    assert (whole.status_code, whole.json()) == (status, {"detail": detail})
+    upstream.wait_until(lambda: all(one.over for one in upstream.received))  # every connection is closed
+
+
+PARAMETER, VALUE = CODES = "unsupported_parameter", "unsupported_value"
+T, P, SEED, OLD, NEW = ({name: 7} for name in ("temperature", "top_p", "seed", "max_tokens", "max_completion_tokens"))
+HIGH, NONE = ({"reasoning_effort": effort} for effort in ("high", "none"))
+
+
+@pytest.fixture
+def llm(upstream: Upstream) -> Any:
+    """A component that remembers nothing yet."""
+    return tolerant(OpenAIGenerator(Secret.from_token(KEY), api_base_url=upstream.url))
+
+
+def refusal(name: Any, code: str = VALUE, status: int = 400) -> Reply:
+    return Reply(status=status, error={"error": {"message": f"Unsupported: {name}", "param": name, "code": code}})
+
+
+def parameters_in(upstream: Upstream) -> list[dict[str, Any]]:
+    """Return which parameters each request to the upstream had."""
+    rest = {"model", "messages", "stream", "stream_options"}
+    return [{name: one.body[name] for name in one.body.keys() - rest} for one in upstream.received]
+
+
+@pytest.mark.parametrize(
+    ("refused", "requests", "sent"),
+    [
+        ({"temperature": VALUE}, [T, T, {"temperature": 1}], [T, {}, {}, {"temperature": 1}]),
+        ({"top_p": VALUE}, [P, {"top_p": 8}], [P, {}, {"top_p": 8}, {}]),
+        ({"top_p": PARAMETER}, [P, {"top_p": 8}], [P, {}, {}]),
+        ({"temperature": VALUE, "top_p": PARAMETER}, [T | P | SEED] * 2, [T | P | SEED, P | SEED, SEED, SEED]),
+        *(({"temperature": code}, [T | HIGH] * 2 + [T | NONE], [T | HIGH, HIGH, HIGH, T | NONE]) for code in CODES),
+        ({"max_tokens": PARAMETER}, [OLD, OLD, OLD | NEW], [OLD, NEW, NEW, OLD | NEW, NEW]),
+        ({"max_completion_tokens": PARAMETER}, [NEW, NEW], [NEW, OLD, OLD]),
+    ],
+)
+def test_a_refused_parameter_is_left_out_next_time(
+    llm: Any, upstream: Upstream, refused: dict[str, str], requests: list[Any], sent: list[Any]
+) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        """Refuse one parameter at a time, unless it is 1 or the model does not reason."""
+        names = [name for name in refused if body.get(name, 1) != 1 and body.get("reasoning_effort") != "none"]
+        return refusal(names[0], refused[names[0]]) if names else Reply()
+
+    upstream.reply = reply
+    for parameters in requests:
+        assert llm.run("Hi", generation_kwargs=parameters)["replies"] == ["Hello, world!"]
+    assert parameters_in(upstream) == sent
+
+
+OTHERS = {"stop": ["x"], "response_format": {"type": "text"}, "logit_bias": {"1": 2}, **T, **OLD}
+KEPT = ("stop", "response_format", "logit_bias", "top_p", "model", None, ["temperature"])
+
+
+@pytest.mark.parametrize(
+    "reply", [*map(refusal, KEPT), refusal("temperature", "invalid_value"), refusal("temperature", status=422)]
+)
+def test_any_other_refusal_is_the_clients(llm: Any, upstream: Upstream, reply: Reply) -> None:
+    upstream.reply = reply
+    with pytest.raises(openai.APIStatusError):
+        llm.run("Hi", generation_kwargs=OTHERS)
+    assert parameters_in(upstream) == [OTHERS]
+
+
+def test_a_limit_is_never_lost(llm: Any, upstream: Upstream) -> None:
+    upstream.reply = lambda body: refusal(next(name for name in (*OLD, *NEW) if name in body), PARAMETER)
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError):
+            llm.run("Hi", generation_kwargs=OLD)
+    assert parameters_in(upstream) == [OLD, NEW, NEW]
+
+
+def test_what_is_remembered_and_logged_of_refusals_is_bounded(llm: Any, upstream: Upstream) -> None:
+    upstream.reply = lambda body: refusal("reasoning_effort") if "reasoning_effort" in body else Reply()
+    logged: list[str] = []
+    sink = log.add(logged.append)
+    for number in (*range(300), 0):
+        llm.run("Hi", generation_kwargs={"reasoning_effort": f"{number} " * 20_000})
+    log.remove(sink)
+    assert len(upstream.received) == 2 * 301  # the first is forgotten by then, and sent again
+    assert [len(line) < 500 for line in logged] == [True]
+
+
+PHOTO = [
+    {"type": "text", "text": "What is it?"},
+    {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,"}},
+]
+TURNS: list[dict[str, Any]] = [
+    *({"role": "system", "content": "Be brief."}, {"role": "user", "content": PHOTO}),
+    *({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "12:00"}),
+    *({"role": "assistant", "content": "Red."}, {"role": "user", "content": "hello {{ 7*7 }}"}),
+]
+
+
+def test_a_front_ends_default_request_is_answered(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = lambda body: refusal("temperature") if "temperature" in body else Reply()
+    sent: dict[str, Any] = {"top_p": 1, "presence_penalty": 0, "response_format": {"type": "x" * 60_000}}
+    dropped = {"tools": [CALL] * 36, "tool_choice": "auto", "chat_id": "9f0c", "features": {}, "user": "me", "stop": []}
+    assert text_of(chat.events(TURNS, temperature=0.1, **sent, **dropped)) == "Hello, world!"
+    rest = {"model": "gpt-5-mini", "stream": True, "stream_options": {"include_usage": True}}
+    prompt = "user: What is it?\n\nassistant: Red.\n\nuser: hello {{ 7*7 }}"
+    assert upstream.received[-1].body == {"messages": [TURNS[0], {"role": "user", "content": prompt}], **rest, **sent}
+    assert upstream.received[-1].headers["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_answered_costs_nothing(chat: Chat, upstream: Upstream, stream: bool) -> None:
+    for refused in (chat.post(TURNS[:2], stream=stream), chat.post(stream=stream, stop="x" * 64 * 1024)):
+        assert (refused.status_code, refused.json().keys()) == (400, {"detail"})
+    assert not upstream.received
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_any_text_arrives_in_its_own_conversation(chat: Chat, upstream: Upstream, stream: bool) -> None:
+    halves = ["\ud83d", "\ude00", "\ud83d"]
+    upstream.reply = lambda body: Reply([f"{body['messages'][0]['content']}/{number}" for number in range(20)] + halves)
+    odd = 'héllo 日本語 👩‍👩‍👧 \n\r\n\n\ndata: [DONE]\n\ndata: {"error": 1}\n\n: ping\u2028\t\x00'
+
+    def converse(number: int) -> None:
+        name = f"{odd}{number}"
+        answer = text_of(chat.events(name)) if stream else chat.post(name).json()["choices"][0]["message"]["content"]
+        assert answer == "".join(f"{name}/{number}" for number in range(20)) + "\U0001f600\ufffd"
+
+    with ThreadPoolExecutor(24) as threads:
+        list(threads.map(converse, range(48)))
+
+
+def test_a_large_request_holds_up_other_streams_no_longer_than_hayhooks_does(chat: Chat, upstream: Upstream) -> None:
+    upstream.reply = lambda body: Reply(["token "] * 10_000, pace=0.001) if len(body["messages"]) == 1 else Reply()
+    turns = [{"role": role, "content": "x"} for role in ("system", *("user", "assistant") * 20_000, "user")]
+
+    def longest_pause(model: str) -> float:
+        """Return the longest time between two tokens of a stream while another client sends a large request."""
+        request = chat.http.build_request("POST", "/v1/chat/completions", json=chat.request(turns, model=model))
+        with chat.open() as events, ThreadPoolExecutor(1) as threads:
+            times = [time.monotonic() for _, _ in zip(texts_of(events), range(3), strict=False)]
+            large = threads.submit(chat.http.send, request)
+            while not large.done():
+                next(texts_of(events))
+                times.append(time.monotonic())
+            assert large.result().is_success == (model == NAME)
+        return max(after - before for before, after in itertools.pairwise(times))
+
+    assert longest_pause(NAME) < 5 * longest_pause("unknown")
