@@ -50,7 +50,7 @@ def stoppable(component: Component) -> Component:
 def in_step(lockstep: Lockstep, component: Any, callback: Callback) -> Callback:
     """Return the callback for a run of a sync component in an answer."""
     leads_to_client = (getattr(callback, "__module__", None) or "").startswith("hayhooks.")
-    if leads_to_client and asyncio._get_running_loop() is None:  # on the event loop's thread, nobody could read
+    if leads_to_client and asyncio._get_running_loop() is None:  # on the event loop's thread, waiting would block it
         return lockstep.waiting_callback(component, callback)
     return lockstep.stopping_callback(callback)
 

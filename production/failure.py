@@ -42,7 +42,7 @@ def as_http_exception(error: BaseException, component_errors: Sequence[BaseExcep
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and the errors that caused it. Haystack wraps what a component raises, and SDKs wrap theirs."""
+    """Yield an error and the errors that caused it. Haystack wraps what a component raises, and SDKs wrap lower-level errors."""
     yield error  # its `__context__` is left out, as that can be the timeout with which Hayhooks polls
     pending, seen = [error.__cause__], {id(error)}
     while pending:
@@ -51,7 +51,11 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(cause))
             yield cause
             context = None if cause.__suppress_context__ else cause.__context__
-            pending += [*getattr(cause, "exceptions", ()), context, cause.__cause__]  # taken from the end
+            pending += [
+                *getattr(cause, "exceptions", ()),
+                context,
+                cause.__cause__,
+            ]  # popped from the end, so `__cause__` comes first
 
 
 def status_of(error: BaseException) -> int | None:

@@ -12,7 +12,7 @@ from haystack.dataclasses import StreamingChunk
 
 MAX_JOINED = 8  # chunks
 FIELDS = {field.name for field in dataclasses.fields(StreamingChunk)}
-# Getting one of these attributes counts as reading a chunk. `__reduce_ex__` copies and pickles it. Hayhooks gets the
+# Getting one of these attributes counts as reading a chunk. `__reduce_ex__` copies and pickles it. Hayhooks reads the
 # `reasoning` of each chunk that it passes on, a field that Haystack 2.15 does not have.
 READING = FIELDS | {"reasoning", "__reduce_ex__"}
 
@@ -50,7 +50,7 @@ class GrowingChunk(StreamingChunk):
 
     def try_join(self, chunk: Any) -> bool:
         """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""
-        if type(chunk) is not self._own_class or self._joined == MAX_JOINED or not are_same_beside_text(chunk, self):
+        if type(chunk) is not self._own_class or self._joined == MAX_JOINED or not are_same_except_text(chunk, self):
             return False
         text = vars(self)["content"]
         if not isinstance(text, str) or not isinstance(chunk.content, str):
@@ -64,8 +64,8 @@ def is_growing(chunk: Any) -> bool:
     return type(chunk) is GrowingChunk
 
 
-def are_same_beside_text(*chunks: StreamingChunk) -> bool:
-    """Compare two chunks but for their texts and the times at which they were received. Reads neither of them."""
+def are_same_except_text(*chunks: StreamingChunk) -> bool:
+    """Compare two chunks, ignoring text and time of receipt. Does not count as reading them."""
     one, other = map(vars, chunks)
     metas = [{**fields["meta"], "received_at": None} for fields in (one, other)]
     return metas[0] == metas[1] and all(one[name] == other[name] for name in FIELDS - {"content", "meta"})

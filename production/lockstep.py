@@ -19,7 +19,7 @@ STALLED = f"The client has not read for {PATIENCE} seconds, so its answer has en
 Callback = Callable[[Any], None]
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP", default=None)
-LOCKSTEP_OF_RUN: ContextVar["Lockstep | None"] = ContextVar("LOCKSTEP_OF_RUN", default=None)  # inside of a component
+LOCKSTEP_OF_RUN: ContextVar["Lockstep | None"] = ContextVar("LOCKSTEP_OF_RUN", default=None)  # inside a component
 
 
 class AnswerOver(asyncio.CancelledError):
@@ -89,7 +89,7 @@ class Lockstep:
 
         def send(chunk: Any) -> None:
             if LOCKSTEP_OF_RUN.get() is not self:  # Hayhooks' callback would send the chunk to the client of this run
-                raise RuntimeError("This streaming_callback is that of another answer.")
+                raise RuntimeError("This streaming_callback belongs to another answer.")
             with self._condition:
                 last: Any = self._last_sent.get(key)
                 if is_growing(last) and not self._is_over and last.try_join(chunk):
@@ -109,7 +109,7 @@ class Lockstep:
             return self._is_over or not is_growing(self._last_sent.get(key))
 
         while not self._condition.wait_for(is_read, timeout=1):
-            if self._is_client_waiting:  # for a second, so a chat method has probably dropped the chunk unread
+            if self._is_client_waiting:  # and has not got the chunk: a chat method has probably dropped it unread
                 return
 
     def stopping_callback(self, callback: Callback) -> Callback:
@@ -123,12 +123,12 @@ class Lockstep:
         return send
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Run a sync component; raises AnswerOver, or what the component raises, as an Exception."""
+        """Run a sync component; raises AnswerOver, or the component's error, wrapped if asyncio cannot carry it."""
         with self._part_of_answer():
             try:
                 return call()
             except BaseException as error:
-                # asyncio would wait forever for a StopIteration, replace a TimeoutError, and end for a SystemExit.
+                # asyncio waits forever for a StopIteration, replaces a TimeoutError, and ends the server for a SystemExit.
                 is_fit = isinstance(error, Exception) and not isinstance(error, StopIteration | TimeoutError)
                 if self._is_over or is_fit:
                     raise

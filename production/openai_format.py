@@ -23,7 +23,7 @@ IN_OPENAIS_WORDS = {
 
 
 class Ending:
-    """What the chunks of an answer say about its end. The last word counts: each step of an Agent has an end."""
+    """What the chunks of an answer say about its end. The last report wins, as each step of an Agent has an end."""
 
     def __init__(self) -> None:
         self.usage: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ def numbers_in(usage: Any) -> dict[str, Any]:
 class Event(ChatCompletion):
     """An event with this data, or else with `[DONE]`, which Hayhooks sends as it is.
 
-    Hayhooks' own events contain nulls, on which OpenAI's Node SDK throws, and put other keys beside `error`, so that
+    Hayhooks' own events contain nulls, which make OpenAI's Node SDK throw, and put other keys beside `error`, so that
     some clients miss it.
     """
 
@@ -86,9 +86,9 @@ class Event(ChatCompletion):
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
-    """Yield the events of a stream, given the first item of an answer, read already for its status, and the rest.
+    """Yield the events of a stream, given the first item of an answer, which was read early for its status, and the rest.
 
-    If the answer fails, there is an error event before `[DONE]`. Without it, the answer would look complete.
+    If the answer fails, there is an error event before `[DONE]`. Without that event, the answer would look complete.
     """
     head, ending, decoder = head_of("chat.completion.chunk", model), Ending(), SurrogateDecoder()
 
@@ -107,7 +107,7 @@ async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_u
                     if item.content or not (is_about_end or item is first):
                         yield delta_event({"content": decoder.decode(text_of(item.content))})
                 elif isinstance(item, ChatCompletion) or hasattr(item, "to_event_dict"):
-                    yield item  # as Hayhooks sends it; behind anything else it would add a finish_reason of its own
+                    yield item  # Hayhooks adds a finish_reason of its own after any other item
                 item = await anext(rest, end)
         if half_an_emoji := decoder.decode("", is_last=True):
             yield delta_event({"content": half_an_emoji})

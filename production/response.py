@@ -58,14 +58,14 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
 
 
 async def in_slot(chunks: AsyncGenerator[Any], slots: asyncio.Semaphore) -> AsyncGenerator[Any]:
-    """Yield the chunks of an answer, and the items that Hayhooks' callbacks add, and hold a slot meanwhile.
+    """Yield the chunks of an answer, and the items that Hayhooks' callbacks add, holding a slot.
 
     Raises HTTPException if no slot is free, if the answer fails, or if there is no chunk.
     """
     if slots.locked():
         raise HTTPException(503, NO_SLOT, {"Retry-After": "1"})
     replace_default_executor()
-    await slots.acquire()  # does not wait, as nothing was awaited since `locked`
+    await slots.acquire()  # does not wait, as nothing has been awaited since `locked`
     lockstep, is_empty = Lockstep(on_end=slots.release), True
     async with contextlib.aclosing(lockstep.to_client(chunks)) as items:
         try:

@@ -2,7 +2,8 @@
 
 The streams of some SDKs, OpenAI's among them, are in reference cycles: they would stay open, and be paid for, until the
 next garbage collection. A component does not say where it keeps a stream, so this looks into the local variables of the
-functions that have ended. It does not find a stream that is only in a `for` statement or in an attribute.
+functions that have ended: it closes `stream` in `stream = client.create(...)`, but not a stream that is only in a `for`
+statement, and not one in an attribute, which other answers may use.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ RESPONSE_ATTRIBUTES = ("response", "iter_content", "iter_bytes", "_raw_stream")
 
 
 def close_streams(error: BaseException) -> None:
-    """Close the streams in the local variables of the functions that an error, and those in its context, have ended."""
+    """Close the streams in the local variables of the functions that an error, or one in its context, has unwound."""
     frames, errors = list[FrameType](), [error]
-    for one in errors:  # which grows meanwhile
+    for one in errors:  # the loop appends to it
         frames += [frame for frame, _ in traceback.walk_tb(one.__traceback__)]
         errors += [one.__context__] if one.__context__ and one.__context__ not in errors else []
     shared = {id(value) for frame in frames for value in shared_values(frame)}

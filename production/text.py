@@ -21,7 +21,7 @@ def text_of_part(part: Any) -> str | None:
 class SurrogateDecoder:
     """Replaces unpaired surrogates, which UTF-8 cannot encode; JavaScript's `slice` makes them out of emojis.
 
-    UTF-16 is what has surrogates: decoding it joins two halves of an emoji, even if they come in two pieces.
+    Surrogates belong to UTF-16: decoding it joins two halves of an emoji, even if they come in two pieces.
     """
 
     def __init__(self) -> None:

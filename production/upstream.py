@@ -42,7 +42,7 @@ def tolerant(llm: Any) -> Any:
 class Refusals:
     """The parameters that a model has refused.
 
-    A model may refuse one only beside certain others, such as `temperature` beside `reasoning_effort: high`. So a
+    A model may refuse one only in combination with others, such as `temperature` beside `reasoning_effort: high`. So a
     refusal is known by all parameters that were sent, and applies to requests with the same ones.
     """
 
@@ -79,13 +79,13 @@ class Refusals:
 
 
 def fingerprint(name: str, sent: dict[str, Any], only_this_value: bool) -> int:
-    """Return a hash of a parameter, with this value or any, beside the others: values can be large."""
+    """Return a hash of a parameter, with its value or whatever its value, and of all others: values can be large."""
     others = [(other, sent[other]) for other in PARAMETERS if other in sent and other != name]
     return hash(repr((name, sent[name] if only_this_value else None, others)))
 
 
 def drop(name: str, sent: dict[str, Any], refused: set[str]) -> bool:
-    """Remove a refused parameter from those to send; a limit gets its other name.
+    """Remove a refused parameter from those to send; a limit is sent under its other name.
 
     Returns False, and removes nothing, if both names of a limit are refused: the answer would have no limit.
     """
