@@ -7,7 +7,7 @@
                       component that calls them differently, or leave them out
     stoppable         wraps each component that streams: any whose `run` has a parameter `streaming_callback`, which it
                       calls with each StreamingChunk
-    tolerant          lets an OpenAIGenerator work with upstreams that refuse some parameters; takes no other component
+    tolerant          lets an OpenAIGenerator, and no other component, work with upstreams that refuse some parameters
     Settings          reads the environment variables of an OpenAIGenerator
 
 So a pipeline of your own, with a retriever and a default system prompt, can have
@@ -27,9 +27,9 @@ If your component has no `system_prompt`, put the system prompt into the prompt.
 "messages": [ChatMessage.from_openai_dict_format(message) for message in messages], after `parse_messages(messages)`.
 
 Each wrapper passes `streaming_components` and `allow_sync_streaming_callbacks` itself. MAX_CONCURRENT_STREAMS (500)
-limits the clients of every pipeline. Many threads call a component's `run` at once: if it holds a lock while it
-streams, all other answers wait for one client. To update, replace this folder, and run `./tests/run check` from a
-checkout of the example on your wrapper. README.md is the manual.
+limits the clients of each pipeline in each worker. Many threads call a component's `run` at once: if it holds a lock
+while it streams, all other answers wait for one client. To update, replace this folder, and run `./tests/run check`
+from a checkout of the example on your wrapper. README.md is the manual.
 
 The modules, each of which imports only from those after it:
 

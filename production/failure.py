@@ -42,7 +42,7 @@ def as_http_exception(error: BaseException, component_errors: Sequence[BaseExcep
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and the errors that caused it. Haystack wraps what a component raises, and SDKs wrap lower-level errors."""
+    """Yield an error and the errors that caused it: Haystack wraps a component's, and SDKs wrap lower-level ones."""
     yield error  # its `__context__` is left out, as that can be the timeout with which Hayhooks polls
     pending, seen = [error.__cause__], {id(error)}
     while pending:

@@ -52,10 +52,10 @@ class GrowingChunk(StreamingChunk):
         """Add the text of the next chunk if nothing else would be lost. Called with the condition held."""
         if type(chunk) is not self._own_class or self._joined == MAX_JOINED or not are_same_except_text(chunk, self):
             return False
-        text = vars(self)["content"]
-        if not isinstance(text, str) or not isinstance(chunk.content, str):
+        texts = [vars(self)["content"], chunk.content]
+        if not all(text and isinstance(text, str) for text in texts):  # equal tool calls, for one, are two
             return False
-        vars(self)["content"] = text + chunk.content
+        vars(self)["content"] = "".join(texts)
         self._joined += 1
         return True
 

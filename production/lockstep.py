@@ -128,11 +128,12 @@ class Lockstep:
             try:
                 return call()
             except BaseException as error:
-                # asyncio waits forever for a StopIteration, replaces a TimeoutError, and ends the server for a SystemExit.
-                is_fit = isinstance(error, Exception) and not isinstance(error, StopIteration | TimeoutError)
-                if self._is_over or is_fit:
-                    raise
-                raise RuntimeError(f"The component raised {error!r}.") from error
+                if self._is_over:
+                    close_streams(error)
+                elif not isinstance(error, Exception) or isinstance(error, StopIteration | TimeoutError):
+                    # asyncio would replace a TimeoutError, wait forever for a StopIteration, and end for a SystemExit.
+                    raise RuntimeError(f"The component raised {error!r}.") from error
+                raise
 
     async def run_async(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Run an async component in a task of its own, which `end` cancels: Haystack 2 does not."""
@@ -153,7 +154,6 @@ class Lockstep:
             if not self._is_over:
                 self.component_errors.append(error)
                 raise
-            close_streams(error)
         finally:
             CURRENT_LOCKSTEP.reset(token)
         if self._is_over:

@@ -13,7 +13,7 @@ from haystack.dataclasses import StreamingChunk
 from .failure import as_http_exception
 from .text import SurrogateDecoder, text_of
 
-REASON_KEYS = ("finish_reason", "done_reason", "stop_reason")  # as SDKs name it in a chunk's `meta`
+REASON_KEYS = ("finish_reason", "done_reason", "stop_reason")  # the names that SDKs give it in a chunk's `meta`
 # Anthropic's words, and Haystack's after the results of tools. All others go to the client as they are.
 IN_OPENAIS_WORDS = {
     **dict.fromkeys(("end_turn", "stop_sequence", "tool_call_results"), "stop"),
@@ -31,7 +31,7 @@ class Ending:
         self._is_reported = False
 
     def note(self, chunk: StreamingChunk) -> bool:
-        """Take what a chunk says; returns whether the chunk is about the end."""
+        """Record what a chunk says; returns whether the chunk is about the end."""
         reason, usage = finish_reason_in(chunk), usage_in(chunk)
         # Even a None is a report: a component whose chunks have the field, but no reason, may have been cut off.
         self._is_reported |= reason is not None or "finish_reason" in chunk.meta
@@ -55,7 +55,7 @@ def finish_reason_in(chunk: StreamingChunk) -> str | None:
 
 
 def usage_in(chunk: StreamingChunk) -> dict[str, Any] | None:
-    """Return the usage in a chunk, if it has OpenAI's names: some clients fail at any other."""
+    """Return the usage in a chunk, if it has OpenAI's names: some clients fail on any others."""
     usage = numbers_in(chunk.meta.get("usage"))
     return usage if {"prompt_tokens", "completion_tokens"} <= usage.keys() else None
 
@@ -86,7 +86,7 @@ class Event(ChatCompletion):
 
 
 async def as_events(first: Any, rest: AsyncGenerator[Any], model: str, include_usage: bool) -> AsyncGenerator[Any]:
-    """Yield the events of a stream, given the first item of an answer, which was read early for its status, and the rest.
+    """Yield the events of a stream, given the first item of an answer, already read for its status, and the rest.
 
     If the answer fails, there is an error event before `[DONE]`. Without that event, the answer would look complete.
     """

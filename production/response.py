@@ -24,7 +24,7 @@ def openai_response(chat: Callable[..., Awaitable[AsyncGenerator[Any]]]) -> Call
     """Decorate a `run_chat_completion_async` that returns the chunks of an answer.
 
     The caller's `body` decides what it returns: the events of a stream if `stream` is true, one ChatCompletion if it is
-    false, and the chunks if there is no `stream`, as from Hayhooks' A2A server. Hayhooks always sets it
+    false, and the chunks if there is no `stream`, as in calls from Hayhooks' A2A server. Hayhooks always sets it
     for OpenAI clients.
 
     Raises HTTPException if the answer fails before its first chunk, or if the pipeline has MAX_CONCURRENT_STREAMS

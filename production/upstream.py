@@ -65,7 +65,7 @@ class Refusals:
                 value, refusal = sent[name], fingerprint(name, sent, error.code == "unsupported_value")
                 if not drop(name, sent, refused):
                     raise
-            if len(self._known) == MAX_KNOWN:
+            if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known.add(refusal)
             if name not in self._logged:
