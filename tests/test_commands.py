@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from harness.local_model import MODEL
-from harness.serving import EXAMPLE
+from harness.serving import EXAMPLE, PATIENCE
 from harness.upstream import Reply, Upstream
 
 RUN = str(EXAMPLE / "tests" / "run")
@@ -85,6 +85,7 @@ def test_pip_steps_in_for_uv_but_for_the_lowest(stubs: dict[str, str], command: 
 def test_an_interrupted_installation_is_made_again_once(stubs: dict[str, str]) -> None:
     os.mkfifo(stubs["GATE"])
     with started(RUN, "demo", **stubs) as first:
+        read_until(first, "Installing into")
         assert Path(stubs["GATE"]).read_text() == "runs\n"
         with started(RUN, "demo", **stubs) as second, started(RUN, "demo", **stubs) as third:
             for waiting in (second, third):
@@ -180,7 +181,7 @@ def started(*command: str, **variables: str) -> Iterator["subprocess.Popen[str]"
 def outcome(*command: str, **variables: str) -> tuple[int, str]:
     """Return the status of a command, and all that it prints."""
     with started(*command, **variables) as process:
-        said = process.communicate()[0]
+        said = process.communicate(timeout=2 * PATIENCE)[0]
     return process.returncode, said
 
 

@@ -33,9 +33,8 @@ def answered(status: int, body: Any = BODY) -> Any:
 
 def errors_of_sdks(status: int) -> dict[str, Exception]:
     response, of_requests = answered(status), requests.Response()
-    of_requests.status_code, of_requests._content = status, response.content
-    of_requests.headers["Retry-After"] = "7"
-    of_requests.request = requests.Request("POST", "http://llm", {"Authorization": KEY.encode()}).prepare()
+    request = requests.Request("POST", "http://llm", {"Authorization": KEY.encode()}).prepare()
+    vars(of_requests).update(status_code=status, _content=response.content, headers=response.headers, request=request)
     errors = {
         "openai": openai.APIStatusError("Error code", response=response, body=BODY),
         "httpx": httpx.HTTPStatusError("", request=REQUEST, response=response),
@@ -58,18 +57,21 @@ def outcome(error: BaseException, *causes: BaseException) -> tuple[int, str, Any
     return failure.status_code, failure.detail, failure.headers
 
 
+BAD, LATE, DENIED = (502, FAILED, None), (504, TOO_LATE, None), (400, NO_CREDENTIALS, NO_RETRY)
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [
         ((400, 422), (400, TOLD, None)),
-        ((401, 403), (400, NO_CREDENTIALS, NO_RETRY)),
+        ((401, 403), DENIED),
         ((402, 404, 405, 413, 418, 451, 499), (400, REFUSED, NO_RETRY)),
         ((429, 503, 529), (429, BUSY, {"Retry-After": "7"})),
-        ((408, 504), (504, TOO_LATE, None)),
-        ((409, 500, 501, 502, 520, 200, 302, 600), (502, FAILED, None)),
+        ((408, 504), LATE),
+        ((409, 500, 501, 502, 520, 200, 302, 600), BAD),
     ],
 )
-def test_each_status_of_each_sdk(statuses: tuple[int, ...], expected: tuple[int, str, Any]) -> None:
+def test_each_status_of_each_sdk(statuses: tuple[int, ...], expected: Any) -> None:
     for status in statuses:
         found = {sdk: outcome(error) for sdk, error in errors_of_sdks(status).items()}
         if expected[0] == 429:
@@ -82,37 +84,34 @@ HOSTILE = type("HostileError", (Exception,), {"status_code": property(lambda sel
 NO_KEY, AGAIN, CIRCLE = errors_of_sdks(401)["httpx"], errors_of_sdks(401)["httpx"], RuntimeError()
 GROUP: Any = getattr(builtins, "ExceptionGroup", lambda _, errors: shaped(exceptions=errors))  # Python 3.10 has none
 ODD: list[Any] = ["400", {}, [400], {"ResponseMetadata": {}}, len, None]
+OWN = (503, "no such tenant", {"X-Tea": "yes"})
 
 
 @pytest.mark.parametrize(
-    ("errors", "status"),
+    ("errors", "expected"),
     [
-        *(([error], 504) for error in (TimeoutError(), httpx.ReadTimeout(""), requests.ConnectTimeout())),
-        *(([error], 502) for error in (httpx.ConnectError(""), requests.ConnectionError(), ValueError("400"))),
-        *(([openai.APITimeoutError(REQUEST)], 504), ([openai.APIConnectionError(request=REQUEST)], 502)),
-        *(([shaped(**{name: odd})], 502) for name in ("status_code", "code", "response") for odd in ODD),
-        *(([HOSTILE], 502), ([RuntimeError(), SystemExit(404)], 502)),
-        *(([ValueError(), KeyError(), NO_KEY], 400), ([ValueError(), TimeoutError(), NO_KEY], 504)),
-        *(([CIRCLE, AGAIN, CIRCLE], 400), ([CIRCLE, ValueError(), CIRCLE], 502)),
-        ([GROUP("", [ValueError(), GROUP("", [NO_KEY])])], 400),
+        *(([error], LATE) for error in (TimeoutError(), httpx.ReadTimeout(""), requests.ConnectTimeout())),
+        *(([error], BAD) for error in (httpx.ConnectError(""), requests.ConnectionError(), ValueError("400"))),
+        *(([openai.APITimeoutError(REQUEST)], LATE), ([openai.APIConnectionError(request=REQUEST)], BAD)),
+        *(([shaped(**{name: odd})], BAD) for name in ("status_code", "code", "response") for odd in ODD),
+        *(([HOSTILE], BAD), ([RuntimeError(), SystemExit(404)], BAD)),
+        *(([ValueError(), KeyError(), NO_KEY], DENIED), ([ValueError(), TimeoutError(), NO_KEY], LATE)),
+        *(([CIRCLE, AGAIN, CIRCLE], DENIED), ([CIRCLE, ValueError(), CIRCLE], BAD)),
+        ([GROUP("", [ValueError(), GROUP("", [NO_KEY])])], DENIED),
+        *(([ValueError(), kind(*OWN)], OWN) for kind in (HTTPException, StarletteHTTPException)),
     ],
 )
-def test_errors_without_a_status_and_with_causes(errors: list[BaseException], status: int) -> None:
-    assert outcome(*errors)[0] == status
+def test_errors_without_a_status_and_with_causes(errors: list[BaseException], expected: Any) -> None:
+    assert outcome(*errors) == expected
 
 
-@pytest.mark.parametrize("error", [NO_KEY, errors_of_sdks(400)["openai"], TimeoutError(), requests.Timeout()])
-def test_the_error_of_a_component_that_does_not_stream_is_the_servers_own(error: Exception) -> None:
+@pytest.mark.parametrize("error", [NO_KEY, errors_of_sdks(400)["openai"], TimeoutError(), HTTPException(418, FAILED)])
+def test_a_component_that_does_not_stream_can_only_raise_an_http_exception(error: Exception) -> None:
     pipeline_error = RuntimeError("component_name: 'retriever'")
     pipeline_error.__cause__ = error
-    assert as_http_exception(pipeline_error, [ValueError()]).detail == as_http_exception(error).detail == FAILED
-
-
-@pytest.mark.parametrize("kind", [HTTPException, StarletteHTTPException])
-def test_an_http_exception_goes_through_as_it_is(kind: Any) -> None:
-    expected = (503, "no such tenant", {"X-Tea": "yes"})
-    assert outcome(RuntimeError(), kind(*expected)) == expected
-    assert as_http_exception(kind(*expected)).detail == "no such tenant"
+    status = 418 if isinstance(error, HTTPException) else 502
+    for failure in (as_http_exception(pipeline_error, [ValueError()]), as_http_exception(error)):
+        assert (failure.status_code, failure.detail) == (status, FAILED)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,9 @@ class OwnChunk(StreamingChunk):
     """A component may send a class of its own."""
 
 
-def growing_copy(chunk: StreamingChunk) -> Any:
-    return GrowingChunk.copy_of(chunk, threading.Condition())
-
-
 def test_at_most_eight_texts_are_joined() -> None:
     chunks = [OwnChunk(f"{number} ", meta={"model": "m", "received_at": number}) for number in range(9)]
-    before, growing = copy.deepcopy(chunks), growing_copy(chunks[0])
+    before, growing = copy.deepcopy(chunks), GrowingChunk.copy_of(chunks[0], threading.Condition())
     assert [growing.try_join(chunk) for chunk in chunks[1:]] == [True] * 7 + [False]
     assert copy.copy(growing) == dataclasses.replace(chunks[0], content="0 1 2 3 4 5 6 7 ")
     assert chunks == before  # the component builds its reply from them
@@ -48,7 +44,7 @@ SPECIAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("special", [*(dataclasses.replace(PLAIN, **fields) for fields in SPECIAL), OWN])
 def test_what_differs_in_more_than_its_text_is_not_joined(special: StreamingChunk) -> None:
     for one, other in ((PLAIN, special), (special, PLAIN)):
-        growing = growing_copy(one)
+        growing = GrowingChunk.copy_of(one, threading.Condition())
         assert not growing.try_join(other)
         assert is_growing(growing)
         assert copy.copy(growing) == one

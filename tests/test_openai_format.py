@@ -25,13 +25,14 @@ async def answer(items: Any) -> AsyncGenerator[Any]:
 
 
 def events_of(items: list[Any], include_usage: bool = True) -> list[Any]:
-    """Return what is sent for an answer: its events, parsed, and all else as it is."""
+    """Return the events of an answer that end with [DONE]."""
 
-    async def read() -> list[Any]:
-        return [event async for event in as_events(items[0], answer(items[1:]), "model", include_usage)]
+    async def read() -> list[str]:
+        return [one.model_dump_json() async for one in as_events(items[0], answer(items[1:]), "model", include_usage)]
 
-    sent = [event.model_dump_json() if hasattr(event, "model_dump_json") else event for event in asyncio.run(read())]
-    return [json.loads(event) if isinstance(event, str) and event != "[DONE]" else event for event in sent]
+    *events, last = asyncio.run(read())
+    assert last == "[DONE]"
+    return [json.loads(event) for event in events]
 
 
 def completion_of(items: Any) -> Any:
@@ -54,7 +55,7 @@ def test_a_stream_is_what_openai_sends_to_the_field(include_usage: bool) -> None
     deltas: list[Any] = [{"role": "assistant", "content": ""}, *({"content": text} for text in texts), {}]
     choices = [{"index": 0, "delta": delta, "finish_reason": None if delta else "length"} for delta in deltas]
     with_usage = [{**head, "choices": [], "usage": USAGE}] if include_usage else []
-    assert events == [*({**head, "choices": [choice]} for choice in choices), *with_usage, "[DONE]"]
+    assert events == [*({**head, "choices": [choice]} for choice in choices), *with_usage]
     assert head.keys() == {"id", "object", "created", "model", "choices"}
     assert completion_of(chunks)["choices"][0]["message"]["content"] == "".join(texts)
 
@@ -85,7 +86,7 @@ def test_a_stream_is_what_openai_sends_to_the_field(include_usage: bool) -> None
     ],
 )
 def test_the_text_is_whole_and_followed_by_one_finish_reason_and_usage(chunks: Any, reason: Any, usage: Any) -> None:
-    events = events_of(chunks)[:-1]
+    events = events_of(chunks)
     choices = [choice for event in events for choice in event["choices"]]
     assert "".join(choice["delta"].get("content", "") for choice in choices) == "ab"
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + [reason]
@@ -99,14 +100,9 @@ def test_the_text_is_whole_and_followed_by_one_finish_reason_and_usage(chunks: A
 @pytest.mark.parametrize(("error", "told"), [(HTTPException(504, "Late."), "Late."), (ValueError("/opt"), FAILED)])
 def test_a_failure_is_an_event_of_its_own_or_raised(error: Exception, told: str) -> None:
     chunks = [chunk("a"), chunk("b", "stop", usage=USAGE), error]
-    *events, failure, last = events_of(chunks)
+    *events, failure = events_of(chunks)
     assert [event["choices"][0]["delta"]["content"] for event in events] == ["", "a", "b"]
     assert not any(event["choices"][0]["finish_reason"] for event in events)
-    assert (failure, last) == ({"error": {"message": told, "type": "server_error"}}, "[DONE]")
+    assert failure == {"error": {"message": told, "type": "server_error"}}
     with pytest.raises(type(error)):
         completion_of(chunks)
-
-
-def test_what_is_no_chunk_keeps_its_place() -> None:
-    items = [object(), chunk("a"), object(), chunk("b")]
-    assert events_of(items)[1:4:2] == items[::2]

@@ -112,7 +112,7 @@ def test_parameters_are_forwarded_unless_empty_and_nothing_else(choice: Any, val
     assert parse_parameters(body) == ({} if value in EMPTY else sent)
 
 
-ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
+CALLS: list[Any] = ["required", {"type": "function"}, {"type": "custom"}, {"allowed_tools": {"mode": "required"}}]
 KIB_64 = "é" * ((64 * 1024 - len(json.dumps({"stop": ""}))) // 2)
 
 
@@ -120,10 +120,7 @@ KIB_64 = "é" * ((64 * 1024 - len(json.dumps({"stop": ""}))) // 2)
     ("field", "body"),
     [
         *(("n", {"n": n}) for n in (2, 0, "1", -1, 1.5, [1])),
-        *(
-            ("tool_choice", {"tool_choice": one})
-            for one in ("required", {"type": "function"}, {"type": "custom"}, ALLOWED)
-        ),
+        *(("tool_choice", {"tool_choice": choice}) for choice in CALLS),
         *(("seed", {"seed": value}) for value in (math.nan, math.inf, ["\ud800"])),
         *(("stop.* KiB", body) for body in ({"stop": f"{KIB_64}x"}, {"stop": ["x"] * 9999, "logit_bias": [10] * 9999})),
     ],

@@ -1,5 +1,6 @@
 """What a client gets from upstreams as they are: odd ones, those that fail, and those that refuse parameters."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -29,7 +30,7 @@ def choice(delta: Any, **more: Any) -> Any:
     return {"choices": [{"index": 0, "delta": delta, **more}]}
 
 
-USAGE, FILTERED = {"prompt_tokens": 7, "completion_tokens": 2}, {"choices": [], "prompt_filter_results": []}
+USAGE, FILTERED = {"prompt_tokens": 7, "completion_tokens": 2}, {"choices": list[Any](), "prompt_filter_results": 1}
 A, B, HM = (choice(delta) for delta in ({"content": "Hello "}, {"content": "world"}, {"reasoning_content": "Hm."}))
 STOP, HM_STOP = (choice(delta, finish_reason="stop") for delta in ({}, {"reasoning_content": "Hm."}))
 A_STOP, B_STOP = ({**choice({"content": text}, finish_reason="stop"), "usage": USAGE} for text in ("Hello ", "world"))
@@ -64,10 +65,9 @@ def test_an_odd_answer_is_an_answer(small: Chat, upstream: Upstream, events: Any
     assert (whole["choices"][0]["finish_reason"], whole["usage"]) == (reason, usage)
 
 
-def failing(status: int, message: str = f"/opt/models refuses {KEY}") -> Reply:
-    return Reply(status=status, error={"error": {"message": message}}, headers={"Retry-After": "17", "X-Internal": "1"})
-
-
+HEADERS = {"Retry-After": "17", "X-Internal": "secret"}
+STATUSES = {401: (400, NO_CREDENTIALS), 404: (400, REFUSED), 429: (429, BUSY), 500: (502, FAILED), 408: (504, TOO_LATE)}
+STATUSES[400] = (400, "/opt/models refuses [key]")
 NO_ANSWER: list[Any] = [" ", "<html>", DONE, NO_JSON, ERROR, ["Hi"], {"object": "error"}, ONLY_USAGE, FILTERED]
 
 
@@ -75,9 +75,8 @@ NO_ANSWER: list[Any] = [" ", "<html>", DONE, NO_JSON, ERROR, ["Hi"], {"object": 
 @pytest.mark.parametrize(
     ("reply", "status", "detail"),
     [
-        (failing(400, f"You asked {KEY} too much."), 400, "You asked [key] too much."),
-        *((failing(401), 400, NO_CREDENTIALS), (failing(404), 400, REFUSED), (failing(429), 429, BUSY)),
-        *((failing(500), 502, FAILED), *((raw(event, DONE), 502, FAILED) for event in NO_ANSWER)),
+        *((Reply(status=status, error=ERROR, headers=HEADERS), *expected) for status, expected in STATUSES.items()),
+        *((raw(event, DONE), 502, FAILED) for event in NO_ANSWER),
         *((Reply([], role=False, then="break"), 502, FAILED), (Reply([], role=False, then="stall"), 504, TOO_LATE)),
     ],
 )
@@ -143,6 +142,7 @@ def parameters_in(upstream: Upstream) -> list[dict[str, Any]]:
         *(({"temperature": code}, [T | HIGH] * 2 + [T | NONE], [T | HIGH, HIGH, HIGH, T | NONE]) for code in CODES),
         ({"max_tokens": PARAMETER}, [OLD, OLD, OLD | NEW], [OLD, NEW, NEW, OLD | NEW, NEW]),
         ({"max_completion_tokens": PARAMETER}, [NEW, NEW], [NEW, OLD, OLD]),
+        (dict.fromkeys(OLD | NEW, PARAMETER), [OLD, OLD], [OLD, NEW, NEW]),  # an answer never loses its limit
     ],
 )
 def test_a_refused_parameter_is_left_out_next_time(
@@ -155,7 +155,8 @@ def test_a_refused_parameter_is_left_out_next_time(
 
     upstream.reply = reply
     for parameters in requests:
-        assert llm.run("Hi", generation_kwargs=parameters)["replies"] == ["Hello, world!"]
+        with contextlib.suppress(openai.BadRequestError):
+            llm.run("Hi", generation_kwargs=parameters)
     assert parameters_in(upstream) == sent
 
 
@@ -173,14 +174,6 @@ def test_any_other_refusal_is_the_clients(llm: Any, upstream: Upstream, reply: R
     assert parameters_in(upstream) == [OTHERS]
 
 
-def test_a_limit_is_never_lost(llm: Any, upstream: Upstream) -> None:
-    upstream.reply = lambda body: refusal(next(name for name in (*OLD, *NEW) if name in body), PARAMETER)
-    for _ in range(2):
-        with pytest.raises(openai.BadRequestError):
-            llm.run("Hi", generation_kwargs=OLD)
-    assert parameters_in(upstream) == [OLD, NEW, NEW]
-
-
 def test_what_is_remembered_and_logged_of_refusals_is_bounded(llm: Any, upstream: Upstream) -> None:
     upstream.reply = lambda body: refusal("reasoning_effort") if "reasoning_effort" in body else Reply()
     logged: list[str] = []
@@ -192,48 +185,26 @@ def test_what_is_remembered_and_logged_of_refusals_is_bounded(llm: Any, upstream
     assert [len(line) < 500 for line in logged] == [True]
 
 
-PHOTO = [
-    {"type": "text", "text": "What is it?"},
-    {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,"}},
-]
-TURNS: list[dict[str, Any]] = [
-    *({"role": "system", "content": "Be brief."}, {"role": "user", "content": PHOTO}),
-    *({"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "12:00"}),
-    *({"role": "assistant", "content": "Red."}, {"role": "user", "content": "hello {{ 7*7 }}"}),
-]
-
-
 def test_a_front_ends_default_request_is_answered(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = lambda body: refusal("temperature") if "temperature" in body else Reply()
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello {{ 7*7 }}"}]
     sent: dict[str, Any] = {"top_p": 1, "presence_penalty": 0, "response_format": {"type": "x" * 60_000}}
     dropped = {"tools": [CALL] * 36, "tool_choice": "auto", "chat_id": "9f0c", "features": {}, "user": "me", "stop": []}
-    assert text_of(chat.events(TURNS, temperature=0.1, **sent, **dropped)) == "Hello, world!"
+    assert text_of(chat.events(messages, temperature=0.1, **sent, **dropped)) == "Hello, world!"
     rest = {"model": "gpt-5-mini", "stream": True, "stream_options": {"include_usage": True}}
-    prompt = "user: What is it?\n\nassistant: Red.\n\nuser: hello {{ 7*7 }}"
-    assert upstream.received[-1].body == {"messages": [TURNS[0], {"role": "user", "content": prompt}], **rest, **sent}
+    assert upstream.received[-1].body == {"messages": messages, **rest, **sent}
     assert upstream.received[-1].headers["authorization"] == f"Bearer {KEY}"
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_what_cannot_be_answered_costs_nothing(chat: Chat, upstream: Upstream, stream: bool) -> None:
-    for refused in (chat.post(TURNS[:2], stream=stream), chat.post(stream=stream, stop="x" * 64 * 1024)):
-        assert (refused.status_code, refused.json().keys()) == (400, {"detail"})
+    upstream.forget()
+    for stream in (True, False):
+        assert chat.post([*messages, {"role": "user", "content": ""}], stream=stream).status_code == 400
     assert not upstream.received
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_any_text_arrives_in_its_own_conversation(chat: Chat, upstream: Upstream, stream: bool) -> None:
-    halves = ["\ud83d", "\ude00", "\ud83d"]
-    upstream.reply = lambda body: Reply([f"{body['messages'][0]['content']}/{number}" for number in range(20)] + halves)
-    odd = 'héllo 日本語 👩‍👩‍👧 \n\r\n\n\ndata: [DONE]\n\ndata: {"error": 1}\n\n: ping\u2028\t\x00'
-
-    def converse(number: int) -> None:
-        name = f"{odd}{number}"
-        answer = text_of(chat.events(name)) if stream else chat.post(name).json()["choices"][0]["message"]["content"]
-        assert answer == "".join(f"{name}/{number}" for number in range(20)) + "\U0001f600\ufffd"
-
-    with ThreadPoolExecutor(24) as threads:
-        list(threads.map(converse, range(48)))
+def test_any_text_arrives_unharmed(chat: Chat, upstream: Upstream) -> None:
+    text = 'héllo 日本語 👩‍👩‍👧 \n\r\n\n\ndata: [DONE]\n\ndata: {"error": 1}\n\n: ping\u2028\t\x00'
+    upstream.reply = Reply([text, *text, "\ud83d", "\ude00", "\ud83d"])
+    whole = chat.post().json()["choices"][0]["message"]["content"]
+    assert text_of(chat.events()) == whole == f"{text}{text}\U0001f600\ufffd"
 
 
 def test_a_large_request_holds_up_other_streams_no_longer_than_hayhooks_does(chat: Chat, upstream: Upstream) -> None:

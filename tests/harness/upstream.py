@@ -129,7 +129,7 @@ class Upstream:
 
     async def serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.gate = asyncio.Condition()
+        self.gate = asyncio.Event()
         await self.server.serve()
 
     def forget(self) -> None:
@@ -142,20 +142,19 @@ class Upstream:
         """Let every gated reply send one token more."""
 
         async def release() -> None:
-            async with self.gate:
-                self.released += 1
-                self.gate.notify_all()
+            self.released += 1
+            self.gate.set()
+            self.gate = asyncio.Event()
 
         asyncio.run_coroutine_threadsafe(release(), self.loop).result()
 
     async def is_released(self, number: int, reply: Reply, send: Any) -> None:
         """Wait, with comments of SSE so that nobody takes it for a stall, as a busy machine can be slow to release."""
-        async with self.gate:
-            while self.released < number:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self.gate.wait(), 0.3)
-                if reply.wire_format is openai:
-                    await send(body(b": waiting\n\n"))
+        while self.released < number:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.gate.wait(), 0.3)
+            if reply.wire_format is openai:
+                await send(body(b": waiting\n\n"))
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 30) -> None:
         """Block until the condition holds; raise TimeoutError after `timeout` seconds."""
