@@ -34,7 +34,7 @@ def as_http_exception(error: BaseException, component_errors: Sequence[BaseExcep
             if isinstance(cause, StarletteHTTPException):
                 return HTTPException(cause.status_code, cause.detail, cause.headers)
             is_of_upstream |= any(cause is one for one in component_errors)
-            if is_of_upstream and isinstance(cause, Exception) and (status := status_of(cause)):  # SystemExit has a code
+            if is_of_upstream and isinstance(cause, Exception) and (status := status_of(cause)):
                 return failure_with(status, cause)
             if is_of_upstream and "Timeout" in type(cause).__name__:  # each SDK has its own
                 return HTTPException(504, TOO_LATE)
