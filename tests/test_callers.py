@@ -106,19 +106,17 @@ def ask(request: pytest.FixtureRequest, shared_upstream: Upstream) -> Iterator[A
         yield partial(ask, server)
 
 
-def test_a_question_is_answered(ask: Ask, upstream: Upstream) -> None:
-    assert ask("What is {{ 7*7 }}?") == (True, "Hello, world!")
-    assert upstream.received[0].body["messages"] == [{"role": "user", "content": "What is {{ 7*7 }}?"}]
+ANSWERS = [(Reply(), (True, "Hello, world!")), (WRONG_KEY, (False, f"400: {REFUSED}"))]
+ANSWERS += [(Reply(then="break"), (False, f"502: {FAILED}"))]
 
 
-FAILURES = [(WRONG_KEY, f"400: {REFUSED}"), (Reply(then="break"), f"502: {FAILED}")]
-
-
-@pytest.mark.parametrize(("reply", "failure"), FAILURES, ids=["key", "cut"])
-def test_a_question_fails_with_a_sentence_of_ours(ask: Ask, upstream: Upstream, reply: Reply, failure: str) -> None:
+@pytest.mark.parametrize(("reply", "answer"), ANSWERS, ids=["answer", "wrong key", "cut"])
+def test_a_question_is_answered_or_fails(ask: Ask, upstream: Upstream, reply: Reply, answer: tuple[bool, str]) -> None:
     upstream.reply = reply
-    is_answered, said = ask("Hi")
-    assert (is_answered, said[-len(failure) :], KEY in said) == (False, failure, False)
+    is_answered, said = ask("What is {{ 7*7 }}?")
+    assert (is_answered, said[-len(answer[1]) :]) == answer
+    assert KEY not in said
+    assert upstream.received[0].body["messages"] == [{"role": "user", "content": "What is {{ 7*7 }}?"}]
 
 
 # Python code
@@ -151,11 +149,13 @@ def test_the_pipeline_is_an_ordinary_one_outside_of_an_answer(wrapper: Any, upst
         prompt = {"prompt": {"conversation": "Hi"}}
         return [await wrapper.pipeline.run_async({**prompt, **more}) for more in ({}, streaming)]
 
-    for result in asyncio.run(leave_and_run()):
+    results = asyncio.run(leave_and_run())
+    upstream.wait_until(lambda: not upstream.open)
+    assert [one.left for one in upstream.received] == [True, False, False]
+    for result in results:
         assert (result["llm"]["replies"], result["llm"]["meta"][0]["finish_reason"]) == (["Hello, world!"], "stop")
     assert "".join(texts) == "Hello, world!"
     assert [bool(one.body.get("stream")) for one in upstream.received] == [True, False, True]
-    assert [one.left for one in upstream.received] == [True, False, False]
 
 
 class Spans(NullTracer):
@@ -184,9 +184,8 @@ def test_tracers_see_the_call_and_its_failure(
     monkeypatch.setattr(Completions, "create", instrumented)
     wrapper.setup()
     enable_tracing(spans)
-    with contextlib.ExitStack() as stack:
-        stack.callback(disable_tracing)
-        with pytest.raises(HTTPException, match=REFUSED):
-            asyncio.run(wrapper.run_api_async("Hi"))
+    with pytest.raises(HTTPException, match=REFUSED):
+        asyncio.run(wrapper.run_api_async("Hi"))
+    disable_tracing()
     assert seen == [HI]
     assert {"haystack.component.run", "haystack.async_pipeline.run"} <= {*spans.failed}

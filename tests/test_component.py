@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from string import ascii_letters
 from typing import Any
 
@@ -22,9 +22,8 @@ from haystack.utils import Secret
 
 from production import stoppable, tolerant
 
-FAILED = "The answer could not be completed."
-ERRORS = ["KeyError", "StopIteration", "SystemExit", "GeneratorExit", "asyncio.CancelledError"]
-SYNC = pytest.mark.parametrize("chat", ["sync_speaker"], indirect=True)
+FAILED, REFUSED = "The answer could not be completed.", "The upstream refused the request."
+BUSY, LATE = "The upstream is busy, or its quota is used up.", "The upstream did not answer in time."
 
 
 class Speaker(Chat):
@@ -40,10 +39,6 @@ class Speaker(Chat):
     def log(self) -> str:
         return self.server.log[self.logged :]
 
-    def wait_until_ended(self) -> None:
-        question = "say([str(self.runs - 1 + self.lost)])"
-        wait_until(lambda: '"0"' in self.post(question).text, "the slot, and every run to end with what it uses")
-
 
 @pytest.fixture(scope="module", params=["", pytest.param("haystack_3", marks=ONE_RUN_IS_ENOUGH)])
 def speakers(request: pytest.FixtureRequest) -> Iterator[Server]:
@@ -56,24 +51,18 @@ def chat(request: pytest.FixtureRequest, speakers: Server) -> Speaker:
     return Speaker(speakers, request.param)
 
 
-@pytest.mark.parametrize(
-    ("question", "text", "reason", "added"),
-    [
-        ("say(['one ', 'two '])", "one two ", "stop", []),
-        (
-            "[StreamingChunk(x, meta={'finish_reason': x}) for x in ('tool_calls', 'length')]",
-            "tool_callslength",
-            "length",
-            [],
-        ),
-        (r"[StreamingChunk(None), 'half \ud83d', None, StreamingChunk('!')]", "half \ufffd!", "stop", []),
-        ("[PipelineEvent(type='x', data={'a': 1}), *say('a')]", "a", "stop", [{"type": "x", "data": {"a": 1}}]),
-        ("[{'a': 1}, *say('a')]", "a", "stop", []),
-    ],
-    ids=["two chunks", "reasons", "odd", "event", "dict"],
-)
-def test_what_it_sends_arrives(chat: Speaker, question: str, text: str, reason: str, added: list[Any]) -> None:
-    events = chat.events(question)
+ANSWERS: dict[str, tuple[str, str, list[Any]]] = {
+    "say(['one ', 'two '])": ("one two ", "stop", []),
+    "[StreamingChunk(x, meta={'finish_reason': x}) for x in ('stop', 'length')]": ("stoplength", "length", []),
+    r"[StreamingChunk(None), 'half \ud83d', None, *say('!')]": ("half \ufffd!", "stop", []),
+    "[PipelineEvent(type='x', data={'a': 1}), *say('a')]": ("a", "stop", [{"type": "x", "data": {"a": 1}}]),
+    "[{'a': 1}, *say('a')]": ("a", "stop", []),
+}
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_what_it_sends_arrives(chat: Speaker, question: str) -> None:
+    events, (text, reason, added) = chat.events(question), ANSWERS[question]
     assert (text_of(events), finish_reasons(events), finish_reasons(events[-1:])) == (text, [reason], [reason])
     assert [event["event"] for event in events if "event" in event] == added
     [whole] = chat.post(question).json()["choices"]
@@ -81,69 +70,56 @@ def test_what_it_sends_arrives(chat: Speaker, question: str, text: str, reason: 
     assert " | ERROR " not in chat.log()
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(
-    ("question", "status", "detail", "headers"),
-    [
-        ("[StatusError(400)]", 400, "top_p is too high", {}),
-        ("[StatusError(401)]", 400, "The upstream refused the server's credentials.", {"x-should-retry": "false"}),
-        ("[StatusError(404)]", 400, "The upstream refused the request.", {"x-should-retry": "false"}),
-        ("[StatusError(503)]", 429, "The upstream is busy, or its quota is used up.", {"retry-after": "7"}),
-        ("[StatusError(500)]", 502, FAILED, {}),
-        ("[TimeoutError('my secret')]", 504, "The upstream did not answer in time.", {}),
-        ("[HTTPException(418, 'short and stout', {'x-tea': 'yes'})]", 418, "short and stout", {"x-tea": "yes"}),
-        ("[StarletteHTTPException(404, 'no such tenant')]", 404, "no such tenant", {}),
-        ("[RuntimeError('my secret')]", 502, FAILED, {}),
-        ("[]", 502, FAILED, {}),
-    ],
-)
-def test_a_failure_has_a_status(
-    chat: Speaker, stream: bool, question: str, status: int, detail: str, headers: dict[str, str]
-) -> None:
-    failed = chat.post(question, stream=stream)
-    assert (failed.status_code, failed.json()) == (status, {"detail": detail})
-    told = {name: failed.headers[name] for name in ("x-should-retry", "retry-after", "x-tea") if name in failed.headers}
-    assert told == headers
-    assert {"[]": "streaming_components", "[RuntimeError('my secret')]": "my secret"}.get(
-        question, "ERROR"
-    ) in chat.log()
+FAILURES: dict[str, tuple[int, str, dict[str, str]]] = {
+    "StatusError(400)": (400, "top_p is too high", {}),
+    "StatusError(404)": (400, REFUSED, {"x-should-retry": "false"}),
+    "StatusError(503)": (429, BUSY, {"retry-after": "7"}),
+    "StatusError(500)": (502, FAILED, {}),
+    "TimeoutError('my secret')": (504, LATE, {}),
+    "HTTPException(418, 'short and stout', {'x-tea': 'yes'})": (418, "short and stout", {"x-tea": "yes"}),
+    "StarletteHTTPException(404, 'no such tenant')": (404, "no such tenant", {}),
+    "RuntimeError('my secret')": (502, FAILED, {}),
+}
+WHOSE = [(model, error) for model in SPEAKERS for error in FAILURES]
+for name in (
+    "StopIteration",
+    "SystemExit",
+    "GeneratorExit",
+    "asyncio.CancelledError",
+):  # asyncio takes them for its own
+    FAILURES[error := f"{name}('my secret')"] = (502, FAILED, {})
+    WHOSE.append(("sync_speaker", error))
 
 
-@SYNC
-@pytest.mark.parametrize(
-    "error", ["KeyError", "StopIteration", "SystemExit", "GeneratorExit", "asyncio.CancelledError"]
-)
+@pytest.mark.parametrize(("chat", "error"), WHOSE, indirect=["chat"])
 def test_whatever_it_raises_is_its_failure(chat: Speaker, error: str) -> None:
-    failed = chat.post(f"[{error}('my secret')]", stream=True)
-    assert (failed.status_code, failed.json()) == (502, {"detail": FAILED})
-    events = chat.events(f"['one', {error}('another')]")
-    assert (text_of(events), finish_reasons(events)) == ("one", [])
-    assert events[-1] == {"error": {"message": FAILED, "type": "server_error"}}
-    assert [words for words in ("my secret", "another") if words not in chat.log()] == []
+    status, detail, headers = FAILURES[error]
+    for stream in (True, False):
+        failed = chat.post(f"[{error}]", stream=stream)
+        assert (failed.status_code, failed.json()) == (status, {"detail": detail})
+        assert {name: failed.headers[name] for name in headers} == headers
+    events = chat.events(f"[*say('a'), {error}]")
+    assert (text_of(events), finish_reasons(events)) == ("a", [])
+    assert events[-1] == {"error": {"message": detail, "type": "server_error"}}
+    assert chat.log().count(" | ERROR ") >= 3
+    assert ("my secret" in error) == ("my secret" in chat.log())
 
 
-@pytest.mark.parametrize("how", ["endless", "stubborn", "bitter", "pooled"])
-def test_it_ends_when_the_client_has_left(chat: Speaker, how: str) -> None:
+ENDLESS = ["self.feeds['news']", *(f"say(repeat('word')) # {how}" for how in ("", "stubborn", "bitter", "pooled"))]
+
+
+@pytest.mark.parametrize("question", ENDLESS)
+def test_it_ends_when_the_client_has_left(chat: Speaker, question: str) -> None:
+    counts = "say([f'{self.runs - 1} {self.lost}'])"  # of other runs, and of those whose clean-up found a closed stream
     for _ in range(3):
-        with chat.open(f"say(repeat('word'))  # {how}") as events:
-            assert next(texts_of(events)).startswith("word")
-        chat.wait_until_ended()
+        with chat.open(question) as events:
+            next(texts_of(events))
+        wait_until(lambda: '"0 0"' in chat.post(counts).text, "the slot and the run to end")
     assert text_of(chat.events("say('abc')  # pooled")) == "abc"
     assert not [word for word in ("Traceback", " | ERROR ") if word in chat.log()]
 
 
-def test_what_it_shares_with_other_answers_stays_open(chat: Speaker) -> None:
-    for number in range(3):
-        with chat.open("self.feeds['news']") as events:
-            assert int(next(texts_of(events)).split()[0]) >= number
-        chat.wait_until_ended()
-
-
 # In this process
-
-
-def text_of_answer(*components: Any, **inputs: Any) -> str:
-    return asyncio.run(text_from(lambda: chunks_of(pipeline_of(*components), inputs)))
 
 
 @component
@@ -158,6 +134,10 @@ class Keeper:
         for chunk in say(words):
             self.kept(chunk)
         return {"said": words}
+
+
+def keepers_answer(words: str, *components: Any) -> Chunks:
+    return chunks_of(pipeline_of(*components), {"words": words})
 
 
 @pytest.mark.timeout(90)
@@ -183,7 +163,8 @@ def test_a_component_within_another_one_calls_back_as_it_is_told(wrap: Any) -> N
         inner.run(streaming_callback=(held := list[StreamingChunk]()).append)
         return [chunk for chunk in held if len(chunk.content) == 1]
 
-    assert text_of_answer(wrap(SyncSpeaker(relay))) == ascii_letters
+    pipeline = pipeline_of(wrap(SyncSpeaker(relay)))
+    assert asyncio.run(text_from(lambda: chunks_of(pipeline))) == ascii_letters
 
 
 @pytest.mark.timeout(90)
@@ -198,26 +179,21 @@ WAYS = [stoppable, lambda one: stoppable(stoppable(one)), lambda one: copy.deepc
 
 
 @pytest.mark.parametrize("wrap", WAYS, ids=["once", "twice", "a deep copy"])
-def test_a_wrapped_component_is_the_same_outside_of_an_answer_and_can_be_copied(wrap: Any) -> None:
-    original, heard = Keeper(), list[StreamingChunk]()
+def test_a_wrapped_component_is_itself_to_others(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen, heard, run = Keeper(), list[str](), list[StreamingChunk](), Keeper.run
+
+    def traced(self: Any, words: str, streaming_callback: Any) -> Any:
+        seen.append(words)
+        return run(self, words, streaming_callback)
+
     pipeline = pipeline_of(keeper := wrap(original))
+    monkeypatch.setattr(Keeper, "run", traced)  # as tracers do
     result = asyncio.run(pipeline.run_async({"words": "abc", "streaming_callback": heard.append}))
     assert (result, [chunk.content for chunk in heard]) == ({"0": {"said": "abc"}}, ["a", "b", "c"])
     keeper.kept = None
-    assert asyncio.run(text_from(lambda: chunks_of(pipeline, {"words": "abc"}))) == "abc"
+    assert asyncio.run(text_from(lambda: chunks_of(pipeline, {"words": "Hi"}))) == "Hi"
+    assert seen == ["abc", "Hi"]
     assert (keeper is original) == bool(original.kept)
-
-
-def test_a_tracer_that_replaces_run_in_the_class_sees_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper, run, seen = stoppable(Keeper()), Keeper.run, []
-
-    def traced(*args: Any, **inputs: Any) -> Any:
-        seen.append(inputs["words"])
-        return run(*args, **inputs)
-
-    monkeypatch.setattr(Keeper, "run", traced)
-    assert text_of_answer(keeper, words="Hi") == "Hi"
-    assert seen == ["Hi"]
 
 
 @component
@@ -238,16 +214,13 @@ def test_tolerant_twice_is_harmless() -> None:
     assert tolerant(llm).client.chat.completions.create is create
 
 
-def answer_of(*components: Any) -> Chunks:
-    return chunks_of(pipeline_of(*components), {"words": "a"})
-
-
-OWN_FAILURES = {
-    "Mute": lambda: answer_of(stoppable(Keeper()), Mute()),  # a retriever's 400
-    "No streaming-capable": lambda: answer_of(Mute()),
+OWN_FAILURES: dict[str, Callable[[], Any]] = {  # by what is in the log
+    "Mute": lambda: keepers_answer("a", stoppable(Keeper()), Mute()),  # a retriever's 400
+    "streaming_components": lambda: keepers_answer("", stoppable(Keeper())),
+    "No streaming-capable": lambda: keepers_answer("", Mute()),
     "Missing": lambda: chunks_of(pipeline_of(stoppable(Keeper()))),
     "must return": lambda: "text",
-    "no attribute 'upper'": lambda: (chunk.upper() async for chunk in answer_of(stoppable(Keeper()))),
+    "no attribute 'upper'": lambda: (chunk.upper() async for chunk in keepers_answer("a", stoppable(Keeper()))),
 }
 
 

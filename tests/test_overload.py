@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import random
-import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import psutil
@@ -19,6 +21,7 @@ from harness.in_process import ask, chunks_of, pipeline_of, text_from
 from harness.serving import EXAMPLE, NAME, deployed, wait_until
 from harness.speaking import SyncSpeaker, say
 from harness.upstream import Reply, Upstream
+from haystack import component
 from haystack.dataclasses import StreamingChunk
 
 from production import stoppable
@@ -118,37 +121,35 @@ def test_redeploys_break_no_stream_and_leave_no_thread_behind(upstream: Upstream
     # With a neighbour's setting, which does not switch streaming off.
     with deployed(OPENAI_BASE_URL=upstream.url, HAYHOOKS_STREAMING_COMPONENTS="other") as server:
         chat, process = Chat(server), psutil.Process(server.process.pid)
-        with open_streams(chat, upstream, 80):
+        with open_streams(chat, upstream, 40):
             for _ in range(3):
                 server.deploy()
                 leave(chat)
             before = process.num_threads()
         upstream.reply = Reply()
         assert text_of(chat.events()) == "Hello, world!"
-        wait_until(lambda: process.num_threads() < before / 2, "the threads of 80 streams to end")
+        wait_until(lambda: process.num_threads() < before / 2, "the threads of 40 streams to end")
 
 
 # In this process
 
 
-def script(name: str, seed: str, pause: Callable[[float], None] = lambda _: None) -> Iterator[StreamingChunk]:
-    """Yield a random answer: texts of all sizes with the name of their author, and what comes between them."""
-    dice = random.Random(name + seed)
-    for number in range(dice.randint(1, 24)):
-        usage, end = {"prompt_tokens": int(seed), "completion_tokens": number}, dice.choice(["stop", "length"])
-        meta = dice.choice([*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": end}])
-        text = "" if "thought" in meta else f"{name}{number}{'.' * dice.choice([0, 3, 300])} "
+def script(letters: str, seed: str, pause: Callable[[float], None] = lambda _: None) -> Iterator[StreamingChunk]:
+    """Yield a random answer: texts of all sizes, and what comes between them."""
+    dice = random.Random(letters + seed)
+    for number in range(dice.randint(1, 16)):
+        usage, reason = {"prompt_tokens": int(seed), "completion_tokens": number}, dice.choice(["stop", "length"])
+        meta = dice.choice([*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": reason}])
+        text = "".join(dice.choices(letters, k=dice.choice([0, 1, 5, 300])))
         pause(dice.choice([*[0] * 9, 0.003]))
         yield (chunk := StreamingChunk(text, meta=dict(meta)))
         assert (chunk.content, chunk.meta) == (text, meta)  # it is the component's, which builds its reply from it
 
 
-def assert_complete(names: str, seed: str, items: list[str]) -> None:
-    *events, done = (item if item == "[DONE]" else json.loads(item) for item in items)
-    sent = [list(script(name, seed)) for name in names]
-    texts = ["".join(chunk.content for chunk in chunks) for chunks in sent]
-    assert ["".join(re.findall(rf"{name}\d+\.* ", text_of(events))) for name in names] == texts
-    assert len(text_of(events)) == len("".join(texts))
+def assert_complete(authors: list[str], seed: str, items: list[str]) -> None:
+    events, sent = list(map(json.loads, items[:-1])), [list(script(letters, seed)) for letters in authors]
+    texts = ["".join(letter for letter in text_of(events) if letter in letters) for letters in authors]
+    assert texts == ["".join(chunk.content for chunk in chunks) for chunks in sent]
 
     def last(key: str) -> list[Any]:
         return [chunk.meta[key] for chunks in sent for chunk in [one for one in chunks if key in one.meta][-1:]]
@@ -157,25 +158,27 @@ def assert_complete(names: str, seed: str, items: list[str]) -> None:
     assert finish_reasons(events[-2:]) == [reason]
     assert reason in (last("finish_reason") or ["stop"])
     assert [event["usage"] in last("usage") for event in events if "usage" in event] == [True] * bool(last("usage"))
-    assert done == "[DONE]"
+    assert items[-1] == "[DONE]"
 
 
 def test_what_5000_clients_read_is_what_components_sent_in_order_and_once() -> None:
-    def pipeline_by(names: str) -> Any:
-        return pipeline_of(*(stoppable(SyncSpeaker(partial(script, name, pause=time.sleep))) for name in names))
+    def pipeline_by(authors: list[str]) -> Any:
+        return pipeline_of(*(stoppable(SyncSpeaker(partial(script, one, pause=time.sleep))) for one in authors))
 
-    pipelines, turns = {names: pipeline_by(names) for names in ("a", "ab")}, asyncio.Semaphore(200)
+    alone, together, turns = [ascii_lowercase], [ascii_lowercase, ascii_uppercase], asyncio.Semaphore(200)
+    pipelines = pipeline_by(alone), pipeline_by(together)
 
-    async def read(names: str, seed: str) -> None:
+    async def read(seed: int) -> None:
+        authors, pipeline = (alone, pipelines[0]) if seed % 3 else (together, pipelines[1])
         async with turns:
-            items, chat = [], partial(chunks_of, pipelines[names], *[{"prompt": seed}] * len(names))
+            items, chat = list[str](), partial(chunks_of, pipeline, *[{"prompt": str(seed)}] * len(authors))
             async for item in await ask(chat, stream=True, stream_options={"include_usage": True}):
                 items.append(item.model_dump_json())
-                await asyncio.sleep(int(seed) % 3 / 1000)  # some read slowly
-            assert_complete(names, seed, items)
+                await asyncio.sleep(seed % 3 / 1000)  # some read slowly
+        assert_complete(authors, str(seed), items)
 
     async def read_all() -> None:
-        await asyncio.gather(*(read("a" if seed % 3 else "ab", str(seed)) for seed in range(5000)))
+        await asyncio.gather(*map(read, range(5000)))
 
     asyncio.run(read_all())
 
@@ -191,3 +194,25 @@ def test_a_thread_is_at_most_eight_chunks_ahead() -> None:
 
     # One more waits to be sent.
     assert 1 <= asyncio.run(read_one_and_another_answer()) <= 8 + 1
+
+
+@component
+class Duet:
+    """Calls back from two threads of its own."""
+
+    @component.output_types(sent=int)
+    def run(self, streaming_callback: Any = None) -> dict[str, Any]:
+        with ThreadPoolExecutor(2) as threads:
+            for letters in (ascii_lowercase, ascii_uppercase):
+                threads.submit(contextvars.copy_context().run, list, map(streaming_callback, say(letters * 20)))
+        return {"sent": 0}
+
+
+def test_each_thread_of_a_component_keeps_its_order(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    pass
+    pipeline = pipeline_of(stoppable(Duet()))
+    for _ in range(50):
+        text = asyncio.run(text_from(lambda: chunks_of(pipeline)))
+        assert "".join(filter(str.islower, text)) == ascii_lowercase * 20
+        assert "".join(filter(str.isupper, text)) == ascii_uppercase * 20

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from harness.client import Chat, finish_reasons, text_of, texts_of
+from harness.client import Chat, finish_reasons, texts_of
 from harness.in_process import Chunks, ask, chunks_of, pipeline_of, text_from
 from harness.other_environments import SPEAKERS, served_from
 from harness.serving import EXAMPLE, KEY, NAME, deployed, wait_until
 from harness.speaking import AsyncSpeaker, SyncSpeaker, say
+from harness.stopping import assert_stops
 from harness.upstream import Reply, Upstream
 from haystack import Pipeline
 from haystack.dataclasses import ComponentInfo, StreamingChunk
@@ -20,43 +21,6 @@ from haystack.dataclasses import ComponentInfo, StreamingChunk
 from production import stoppable
 
 LONG = [f"{number} " for number in range(10_000)]
-
-
-def wait_until_left(upstream: Upstream) -> None:
-    """Block until every answer has ended, and check that it was the server that closed it."""
-    upstream.wait_until(lambda: not upstream.open)
-    assert all(one.left for one in upstream.received)
-
-
-@pytest.mark.parametrize("reply", [Reply(LONG, gated=True), Reply(thoughts=99, gated=True)], ids=["text", "thoughts"])
-def test_the_upstream_is_closed(chat: Chat, upstream: Upstream, reply: Reply) -> None:
-    upstream.reply, logged = reply, len(chat.server.log)
-
-    def release() -> None:
-        upstream.release()
-        upstream.wait_until(lambda: not upstream.open or upstream.received[0].sent == upstream.released)
-
-    with chat.open():
-        for _ in range(5):
-            release()
-    for _ in range(10):  # the server notices it within a chunk or two, or else is at most eight ahead
-        release()
-    wait_until_left(upstream)
-    upstream.reply = Reply()
-    assert text_of(chat.events()) == "Hello, world!"
-    usual = (" | INFO ", "Async streaming generator was cancelled")
-    assert not [line for line in chat.server.log[logged:].splitlines() if not any(words in line for words in usual)]
-
-
-def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:
-    upstream.reply = Reply(LONG, pace=0.1)
-    variables = {"OPENAI_BASE_URL": upstream.url, "HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT": "1"}
-    with deployed(**variables) as server, contextlib.ExitStack() as clients:
-        for events in [clients.enter_context(Chat(server).open()) for _ in range(5)]:
-            next(texts_of(events))
-        server.process.terminate()
-        server.process.wait(timeout=30)
-        wait_until_left(upstream)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +32,30 @@ def impatient(shared_upstream: Upstream) -> Iterator[Chat]:
         yield Chat(server)
 
 
+@pytest.mark.parametrize("reply", [Reply(LONG), Reply(thoughts=99)], ids=["text", "thoughts"])
+def test_the_upstream_is_closed_within_two_chunks(impatient: Chat, upstream: Upstream, reply: Reply) -> None:
+    assert_stops(impatient, upstream, reply)
+
+
+def test_a_server_that_stops_closes_its_streams(upstream: Upstream) -> None:
+    upstream.reply = Reply(LONG, pace=0.1)
+    variables = {"OPENAI_BASE_URL": upstream.url, "HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT": "1"}
+    with deployed(**variables) as server, contextlib.ExitStack() as clients:
+        for events in [clients.enter_context(Chat(server).open()) for _ in range(5)]:
+            next(texts_of(events))
+        server.process.terminate()
+        server.process.wait(timeout=30)
+        upstream.wait_until(lambda: not upstream.open)
+    assert all(one.left for one in upstream.received)
+
+
 @pytest.mark.parametrize("model", [NAME, *SPEAKERS])
 def test_a_client_that_reads_no_more_is_given_up(impatient: Chat, upstream: Upstream, model: str) -> None:
     upstream.reply, logged = Reply(["x" * 64 * 1024] * 10_000, pace=0.001), len(impatient.server.log)
     with impatient.open("say(repeat('word' * 9999))  # stubborn", model=model) as events:
         next(texts_of(events))
         wait_until(lambda: "The client has not read for" in impatient.server.log[logged:], "the server to give up")
-        wait_until_left(upstream)
+        upstream.wait_until(lambda: not upstream.open)
         upstream.reply, no_runs = Reply(["0"]), "say([str(self.runs - 1)])"
         wait_until(lambda: '"0"' in impatient.post(no_runs, model=model).text, "its slot and its thread")
         rest = list(events)

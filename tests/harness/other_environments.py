@@ -15,16 +15,10 @@ from harness.environments import InstallError, install, unavailable
 ONE_RUN_IS_ENOUGH = pytest.mark.skipif(bool(os.environ.get("LOWEST")), reason="brings releases of its own")
 
 HAYSTACK_2 = ["hayhooks>=2,<3", "haystack-ai>=2,<3"]
+# Haystack 2 calls huggingface_hub 2 with an argument that it no longer has, and anthropic 2 as if it were older.
+OTHERS = ["amazon-bedrock-haystack", "anthropic-haystack", "anthropic>=1.10,<2", "huggingface_hub<2", "ollama-haystack"]
 ENVIRONMENTS = {
-    # Haystack 2 calls huggingface_hub 2 with an argument that it no longer has, and anthropic 2 as if it were older.
-    "third_party": [
-        *HAYSTACK_2,
-        "amazon-bedrock-haystack",
-        "anthropic-haystack",
-        "anthropic>=1.10,<2",
-        "huggingface_hub<2",
-        "ollama-haystack",
-    ],
+    "third_party": [*HAYSTACK_2, *OTHERS],
     "older_anthropic": [*HAYSTACK_2, "anthropic-haystack", "anthropic<1.10"],  # its streams are in reference cycles
     "haystack_3": ["hayhooks>=2,<3", "haystack-ai>=3,<4"],
 }

@@ -17,7 +17,7 @@ def ollama(request: dict[str, Any], reply: Reply) -> Script:
         return json.dumps({"model": "m", "created_at": "2026-01-01T00:00:00Z", **answer, **fields}).encode() + b"\n"
 
     counts = {"prompt_eval_count": 11, "eval_count": 7}
-    after = [line("", done=True, done_reason="stop", **counts)]
+    after = [line("", done=True, done_reason=reply.finish_reason, **counts)]
     return Script("application/x-ndjson", [], (line(token, done=False) for token in reply.tokens), after)
 
 
@@ -36,9 +36,10 @@ def anthropic_events(reply: Reply) -> tuple[list[Any], Iterable[Any], list[Any]]
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
     ]
     deltas = ({"type": "text_delta", "text": token} for token in reply.tokens)
+    reason = {"stop": "end_turn", "length": "max_tokens"}[reply.finish_reason]
     after = [
         {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 7}},
+        {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": {"output_tokens": 7}},
         {"type": "message_stop"},
     ]
     return before, ({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas), after
@@ -73,6 +74,7 @@ def hugging_face(_: dict[str, Any], reply: Reply) -> Script:
     def token_event(text: str, **fields: Any) -> bytes:
         return sse({"index": 1, "token": {"id": 1, "text": text, "logprob": 0.0, "special": False}, **fields})
 
-    details = {"finish_reason": "eos_token", "generated_tokens": 7, "input_length": 11}
+    reason = {"stop": "eos_token", "length": "length"}[reply.finish_reason]
+    details = {"finish_reason": reason, "generated_tokens": 7, "input_length": 11}
     after = [token_event("", generated_text="".join(reply.tokens), details=details)]
     return Script("text/event-stream", [], map(token_event, reply.tokens), after)
