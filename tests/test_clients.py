@@ -54,7 +54,8 @@ def made(server: Server, shared_upstream: Upstream) -> dict[str, tuple[dict[str,
         try:
             subprocess.run(INSTALL.split(), cwd=folder, capture_output=True, check=True, timeout=200)
         except (OSError, subprocess.SubprocessError) as error:
-            unavailable(f"npm cannot install the packages: {getattr(error, 'stderr', None) or error!r}")
+            reason = f"npm cannot install the packages: {getattr(error, 'stderr', None) or error!r}"
+            unavailable(reason, comes_with_packages=bool(shutil.which("npm")))
     shared_upstream.forget()
     shared_upstream.reply = reply_for
     command = ["node", "clients.mjs", f"{server.url}/v1", NAME, *REPLIES]

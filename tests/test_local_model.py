@@ -27,7 +27,7 @@ def model() -> Iterator[Chat]:
         with local_model() as url, deployed(OPENAI_BASE_URL=url, OPENAI_MODEL=MODEL) as server:
             yield Chat(server)
     except MissingError as error:
-        unavailable(str(error))
+        unavailable(str(error), comes_with_packages="pip" in str(error))
 
 
 @pytest.mark.parametrize(("question", "word"), zip([*QUESTIONS, *OTHERS], [*WORDS, "", "", ""], strict=True))
@@ -60,5 +60,5 @@ def test_the_demo_prints_commands_that_work(tmp_path: Path) -> None:
 
 def output_of(command: str) -> str:
     if not shutil.which("curl"):
-        unavailable("there is no curl")
+        unavailable("there is no curl", comes_with_packages=False)
     return subprocess.run(["sh", "-c", command], check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -354,7 +354,7 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
 
 def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstream, tmp_path: Path) -> None:
     if not shutil.which("nginx"):
-        unavailable("there is no nginx here")
+        unavailable("there is no nginx here", comes_with_packages=False)
     port, ours = free_port(), {"OPENAI_BASE_URL": upstream.url, "MAX_CONCURRENT_STREAMS": "1"}
     with deployed(**ours) as one, deployed(**ours) as two, contextlib.ExitStack() as streams:
         server = block("nginx").replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
@@ -474,6 +474,14 @@ def test_the_commands_are_those_of_the_script() -> None:
     usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
     named = re.findall(r"\./tests/run (\w+)", README + MANUAL + (EXAMPLE / "tests" / "README.md").read_text())
     assert set(named) == set(re.findall(r"\./tests/run (\w+)", usage))
+
+
+def test_the_costs_are_those_of_the_benchmark() -> None:
+    report = (EXAMPLE / "tests" / "benchmark.md").read_text()
+    assert report.split("## In short\n\n")[1].split("\n\n")[0] in README
+    versions = re.findall(r"(?:[a-z-]+|Python) (\d+\.\d+\.\d+)", report.split("\n\n")[1])
+    assert versions
+    assert all(version in README for version in versions)
 
 
 def test_a_link_leads_to_a_file_and_a_heading() -> None:

@@ -53,7 +53,7 @@ def read(open_stream: Callable[[], Any]) -> None:
 
 
 def read_twice_and_fail(open_stream: Callable[[], Any]) -> None:
-    odd, self, stream = Hostile(), Hostile(), open_stream()  # noqa: F841
+    odd, stream = Hostile(), open_stream()  # noqa: F841
     next(iter(stream))
     try:
         read(open_stream)
