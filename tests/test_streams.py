@@ -46,10 +46,14 @@ def guarded() -> Iterator[str]:
             yield word
 
 
+def leave() -> None:
+    raise GeneratorExit
+
+
 def read(open_stream: Callable[[], Any]) -> None:
     stream = open_stream()
     for _ in stream:
-        raise GeneratorExit
+        leave()
 
 
 def read_twice_and_fail(open_stream: Callable[[], Any]) -> None:
