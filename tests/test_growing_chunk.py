@@ -38,7 +38,7 @@ SPECIAL: list[dict[str, Any]] = [
         {"component_info": ComponentInfo("Generator", "llm")},
     ),
     *({"content": "", "tool_calls": [CALL]}, {"content": "", "tool_call_result": RESULT}),
-    *({"content": content} for content in ("", None, [])),
+    *({"content": ""}, {"content": None}, {"content": []}),
 ]
 
 

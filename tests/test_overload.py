@@ -140,7 +140,9 @@ def script(letters: str, seed: str, pause: Callable[[float], None] = lambda _: N
     dice = random.Random(letters + seed)
     for number in range(dice.randint(1, 16)):
         usage, reason = {"prompt_tokens": int(seed), "completion_tokens": number}, dice.choice(["stop", "length"])
-        meta = dice.choice([*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": reason}])
+        meta: dict[str, Any] = dice.choice(
+            [*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": reason}]
+        )
         text = "".join(dice.choices(letters, k=dice.choice([0, 1, 5, 300])))
         pause(dice.choice([*[0] * 9, 0.003]))
         yield (chunk := StreamingChunk(text, meta=dict(meta)))
@@ -204,7 +206,8 @@ class Duet:
     def run(self, streaming_callback: Any = None) -> dict[str, Any]:
         with ThreadPoolExecutor(2) as threads:
             for letters in LETTERS:
-                threads.submit(contextvars.copy_context().run, list, map(streaming_callback, say(letters * 20)))
+                work: Any = partial(list, map(streaming_callback, say(letters * 20)))
+                threads.submit(contextvars.copy_context().run, work)
         return {"sent": 0}
 
 

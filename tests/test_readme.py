@@ -18,8 +18,8 @@ import httpx
 import pytest
 import yaml
 from harness.client import Chat, events_of, text_of, texts_of
-from harness.other_environments import ONE_RUN_IS_ENOUGH, served_from, write_pipelines
 from harness.environments import unavailable
+from harness.other_environments import ONE_RUN_IS_ENOUGH, served_from, write_pipelines
 from harness.readme import BLOCKS, MANUAL, README, block, starting
 from harness.serving import EXAMPLE, KEY, NAME, Server, copy_wrapper, deployed, free_port, hayhooks, running, wait_until
 from harness.upstream import Reply, Upstream

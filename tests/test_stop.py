@@ -103,7 +103,13 @@ def test_a_method_that_does_more_than_hayhooks_generator_stops_and_its_caller_go
 def test_no_component_starts_after_the_client_has_left() -> None:
     """A sync pipeline runs on in its thread."""
     reached, gate, speaker, pipeline = threading.Event(), threading.Event(), endless(), Pipeline()
-    pipeline.add_component("0", SyncSpeaker(lambda _: [reached.set(), gate.wait()][:0]))
+
+    def wait(_: str) -> list[Any]:
+        reached.set()
+        gate.wait()
+        return []
+
+    pipeline.add_component("0", SyncSpeaker(wait))
     pipeline.add_component("1", speaker)
     pipeline.connect("0.sent", "1.after")
 

@@ -80,7 +80,7 @@ NO_ANSWER: list[Any] = [" ", "<html>", DONE, NO_JSON, ERROR, ["Hi"], {"object": 
         *((Reply([], role=False, then="break"), BAD), (Reply([], role=False, then="stall"), LATE)),
     ],
 )
-def test_a_failure_before_the_first_chunk(small: Chat, upstream: Upstream, reply: Reply, expected: Any, stream: bool) -> None:
+def test_a_failure_at_the_start(small: Chat, upstream: Upstream, reply: Reply, expected: Any, stream: bool) -> None:
     upstream.reply, logged = reply, len(small.server.log)
     failed = small.post(stream=stream)
     assert (failed.status_code, failed.json()["detail"]) == expected
@@ -98,7 +98,7 @@ def test_a_failure_before_the_first_chunk(small: Chat, upstream: Upstream, reply
         *(([A, B], "stall", LATE), ([A_STOP, B_STOP], "stall", LATE), ([A_STOP, B, ERROR, DONE], "end", BAD)),
     ],
 )
-def test_a_failure_after_it(small: Chat, upstream: Upstream, events: Any, then: Any, expected: Any) -> None:
+def test_a_failure_later(small: Chat, upstream: Upstream, events: Any, then: Any, expected: Any) -> None:
     upstream.reply = raw(*events, then=then)
     *received, last = small.events(stream_options={"include_usage": True})
     assert (text_of(received), finish_reasons(received)) == ("Hello world", [])

@@ -32,7 +32,7 @@ def chunks_of(pipeline: Any, *inputs: dict[str, Any]) -> Chunks:
 async def ask(chat: Callable[[], Any], **body: Any) -> Any:
     """Return what a caller with this body gets from a chat method."""
 
-    @openai_response
+    @openai_response  # type: ignore[untyped-decorator]
     async def run_chat_completion_async(self: Any, model: str, messages: Any, body: dict[str, Any]) -> Any:
         return chat()
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ def write_pipelines(folder: Path, pipelines: dict[str, dict[str, str]], patience
 
 @contextlib.contextmanager
 def served_from(
-    environment: str | None, pipelines: dict[str, dict[str, str]], patience: int = 60, **variables: str
+    environment: str | None, pipelines: dict[str, dict[str, str]], *, patience: Any = 60, **variables: str
 ) -> Iterator[serving.Server]:
     """Serve pipelines, the files of each by its name, from an environment, or from that of the tests if it is None.
 
