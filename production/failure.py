@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import HTTPException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from .text import SurrogateDecoder
+from .text import whole
 
 FAILED = "The answer could not be completed."
 TOO_LATE = "The upstream did not answer in time."
@@ -98,7 +98,7 @@ def message_of(error: Any) -> str | None:
         key = value.split(" ")[-1]  # without "Bearer"
         if (name == "authorization" or name.endswith("api-key")) and len(key) >= 8:  # a shorter one may be a word
             message = message.replace(key, "[key]")
-    return SurrogateDecoder().decode(message[:MAX_MESSAGE], is_last=True)
+    return whole(message[:MAX_MESSAGE])
 
 
 def message_in(body: Any) -> str | None:

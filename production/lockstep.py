@@ -23,18 +23,14 @@ LOCKSTEP_OF_RUN: ContextVar["Lockstep | None"] = ContextVar("LOCKSTEP_OF_RUN", d
 
 
 class AnswerOver(asyncio.CancelledError):
-    """Ends a component that is still running when its answer is over, usually because the client has left.
-
-    A component that catches every Exception does not catch it, and asyncio considers a task that raises it cancelled.
-    """
+    """Ends a component when its answer is over. Not an Exception, which it may catch; asyncio logs nothing about it."""
 
 
 class Lockstep:
     """Connects the components of one answer with its client.
 
-    A sync component's thread may be a few chunks ahead of the client: their text is joined in a growing chunk. Then the
-    thread waits until that is read. Otherwise, somebody would pay for text that nobody reads, and other answers would
-    begin late. Async components do not wait, and are only cancelled.
+    A sync component's thread may be a few chunks ahead: their text is joined in a growing chunk. Then it waits until
+    that is read. Otherwise, somebody would pay for text that nobody reads, and other answers would begin late.
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -95,10 +91,13 @@ class Lockstep:
                 if is_growing(last) and not self._is_over and last.try_join(chunk):
                     return
                 self._wait_until_read(key)
-            if isinstance(chunk, StreamingChunk):
-                chunk = GrowingChunk.copy_of(chunk, self._condition)
-            send_now(chunk)
-            self._last_sent[key] = chunk
+                if isinstance(chunk, StreamingChunk):
+                    chunk = self._last_sent[key] = GrowingChunk.copy_of(chunk, self._condition)
+            try:
+                send_now(chunk)
+            except BaseException:
+                self._last_sent[key] = None  # nobody will read it
+                raise
 
         return send
 

@@ -11,7 +11,7 @@ from fastapi_openai_compat import ChatCompletion, Choice, Message
 from haystack.dataclasses import StreamingChunk
 
 from .failure import as_http_exception
-from .text import SurrogateDecoder, text_of
+from .text import SurrogateDecoder, text_of, whole
 
 REASON_KEYS = ("finish_reason", "done_reason", "stop_reason")  # the names that SDKs give it in a chunk's `meta`
 # Anthropic's words, and Haystack's after the results of tools. All others go to the client as they are.
@@ -127,7 +127,7 @@ async def as_completion(answer: AsyncGenerator[Any], model: str) -> ChatCompleti
         if isinstance(item, StreamingChunk):
             text += text_of(item.content)
             ending.note(item)
-    message = Message(role="assistant", content=SurrogateDecoder().decode(text, is_last=True))
+    message = Message(role="assistant", content=whole(text))
     choice = Choice(index=0, message=message, finish_reason=ending.finish_reason)
     return ChatCompletion(**head_of("chat.completion", model), choices=[choice], usage=ending.usage)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
-from .text import SurrogateDecoder, text_of, text_of_part
+from .text import text_of, text_of_part, whole
 
 PARAMETERS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "presence_penalty", "frequency_penalty"),
@@ -41,7 +41,7 @@ def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
     problem = None  # with the last message from the user, unless the assistant has answered it
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        text = SurrogateDecoder().decode(text_of(content, separator="\n"), is_last=True)
+        text = text_of(content, separator="\n")
         match role:
             case "system" | "developer":
                 role = "system"
@@ -68,7 +68,7 @@ def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
     if not questions:
         raise HTTPException(400, NO_TEXT)
     prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-    return Conversation(system_prompt, prompt, questions[0])
+    return Conversation(system_prompt and whole(system_prompt), whole(prompt), whole(questions[0]))
 
 
 def problem_with(content: Any) -> str | None:

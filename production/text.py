@@ -30,3 +30,8 @@ class SurrogateDecoder:
     def decode(self, piece: str, is_last: bool = False) -> str:
         """Return a piece without unpaired surrogates. Half an emoji at its end waits for the next piece."""
         return self._decoder.decode(piece.encode("utf-16-le", "surrogatepass"), is_last)
+
+
+def whole(text: str) -> str:
+    """Return a whole text without unpaired surrogates."""
+    return SurrogateDecoder().decode(text, is_last=True)

@@ -102,6 +102,7 @@ def drop(name: str, sent: dict[str, Any], refused: set[str]) -> bool:
 def read_stream(open_stream: Callable[[], Any]) -> Iterator[ChatCompletionChunk]:
     """Yield the chunks of an upstream's stream; raises what its SDK raises, and ValueError if there is no choice."""
     has_choice = has_reason = has_text_after_reason = False
+    unsent: list[ChatCompletionChunk] = []
     try:
         # Without `with`, the connection would stay open until a garbage collection.
         with open_stream() as chunks:
@@ -111,7 +112,10 @@ def read_stream(open_stream: Callable[[], Any]) -> Iterator[ChatCompletionChunk]
                     has_choice = True
                     has_text_after_reason |= has_reason and bool(choice.delta.content)
                     has_reason |= bool(choice.finish_reason)
-                yield chunk
+                unsent.append(chunk)
+                if has_choice:  # before the first one, a failure can still have a status
+                    yield from unsent
+                    unsent.clear()
     except Exception:
         # After the finish_reason, some upstreams cut the connection, or stall until a timeout: the answer is whole.
         # Others send it too early, even with each chunk: after further text, only a proper end counts.

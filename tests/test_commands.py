@@ -92,7 +92,7 @@ def test_an_interrupted_installation_is_made_again_once(stubs: dict[str, str]) -
                 read_until(waiting, "Another start is installing")
             os.unlink(stubs["GATE"])
             os.killpg(first.pid, signal.SIGINT)
-            assert first.communicate()[0].endswith("\nStopped.\n")
+            assert first.communicate()[0].endswith("Stopped.\n")
             said = second.communicate()[0] + third.communicate()[0]
     assert (said.count("Installing into"), said.count("the demo runs")) == (1, 2)
     assert outcome(RUN, "demo", **stubs) == (0, "the demo runs\n")

@@ -65,7 +65,7 @@ def test_one_that_is_read_is_an_ordinary_chunk_and_its_thread_goes_on(read: Call
     def wait() -> bool:
         with condition:
             is_waiting.set()
-            return condition.wait_for(lambda: not is_growing(growing), timeout=10)
+            return condition.wait(timeout=10)
 
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(wait)

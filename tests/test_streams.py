@@ -36,8 +36,8 @@ Hostile: Any = type("Hostile", (), {"__getattribute__": lambda *_: sys.exit()})
 FEED, FEEDS = Stream(), {"news": Stream()}
 
 
-def delegated() -> Iterator[str]:
-    yield from (word for word in Stream())
+def delegated(stream: Any = None) -> Iterator[str]:
+    yield from stream or (word for word in Stream())
 
 
 def guarded() -> Iterator[str]:
@@ -91,7 +91,7 @@ def test_what_answers_share_and_what_is_no_stream_stays_open() -> None:
     file, database = io.StringIO("text"), sqlite3.connect(":memory:")
 
     def run(self: Any, file: Any, database: Any, streams: list[Stream]) -> None:
-        mine, news, words, helper = self.feed, self.feeds["news"], self.words, (word for word in self.feed)  # noqa: F841
+        mine, news, words, helper = self.feed, self.feeds["news"], self.words, delegated(self.feed)  # noqa: F841
         common, more = FEED, FEEDS["news"]  # noqa: F841
         next(words), next(helper), next(iter(captured))
         raise GeneratorExit

@@ -212,4 +212,4 @@ def test_a_large_request_holds_up_other_streams_no_longer_than_hayhooks_does(cha
             assert large.result().is_success == (model == NAME)
         return max(after - before for before, after in itertools.pairwise(times))
 
-    assert longest_pause(NAME) < 5 * longest_pause("unknown")
+    assert longest_pause(NAME) < 10 * longest_pause("unknown")
