@@ -169,10 +169,11 @@ def test_a_component_within_another_one_calls_back_as_it_is_told(wrap: Any) -> N
 
 @pytest.mark.timeout(90)
 def test_a_run_on_the_event_loops_thread_does_not_wait_for_itself() -> None:
-    keeper, inner = Keeper(), stoppable(SyncSpeaker(lambda _: say(ascii_letters)))
+    words = ascii_letters * 20  # even a wait of a second for each eight would be too much
+    keeper, inner = Keeper(), stoppable(SyncSpeaker(lambda _: say(words)))
     pipeline = pipeline_of(keeper, AsyncSpeaker(lambda _: [inner.run(streaming_callback=keeper.kept)][:0]))
     pipeline.connect("0.said", "1.prompt")
-    assert asyncio.run(text_from(lambda: chunks_of(pipeline, {"words": ""}))) == ascii_letters
+    assert asyncio.run(text_from(lambda: chunks_of(pipeline, {"words": ""}))) == words
 
 
 WAYS = [stoppable, lambda one: stoppable(stoppable(one)), lambda one: copy.deepcopy(stoppable(one))]

@@ -42,6 +42,7 @@ def completion_of(items: Any) -> Any:
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 DETAILS = {"details": {"cached": 1, "audio": None, "text": "x", "object": object()}, "cost": None}
 PARTS = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+FULL = ("max_tokens", "model_context_window_exceeded")
 ODD: list[Any] = [True, 5, [5], {}, "", None, object()]
 
 
@@ -69,7 +70,7 @@ def test_a_stream_is_what_openai_sends_to_the_field(include_usage: bool) -> None
         *(([chunk("a"), chunk("b", **{name: "length"})], "length", None) for name in ("done_reason", "stop_reason")),
         *(([chunk("a", word, finish_reason=None), chunk("b")], word, None) for word in ("length", "model_length")),
         *(([chunk("ab", finish_reason=word)], "stop", None) for word in ("end_turn", "stop_sequence")),
-        ([chunk("ab"), chunk(delta={"stop_reason": "max_tokens", "stop_sequence": None})], "length", None),
+        *(([chunk("ab"), chunk(delta={"stop_reason": word, "x": None})], "length", None) for word in FULL),
         *(
             ([chunk("ab", "tool_call_results")], "stop", None),
             ([chunk("ab", stop_reason="tool_use")], "tool_calls", None),

@@ -96,7 +96,7 @@ def test_a_slot_always_returns(small: Chat, upstream: Upstream, way: str) -> Non
         pass
 
 
-def test_threads_are_used_again(chat: Chat, upstream: Upstream) -> None:
+def test_threads_do_not_add_up(chat: Chat, upstream: Upstream) -> None:
     process, threads, upstream.reply = psutil.Process(chat.server.process.pid), list[int](), LONG
     for _ in range(3):
         with ThreadPoolExecutor(20) as clients:
@@ -137,8 +137,8 @@ LETTERS = [ascii_lowercase, ascii_uppercase]  # of each author
 
 def script(letters: str, seed: str, pause: Callable[[float], None] = lambda _: None) -> Iterator[StreamingChunk]:
     """Yield a random answer: texts of all sizes, and what comes between them."""
-    dice = random.Random(letters + seed)
-    for number in range(dice.randint(1, 16)):
+    dice, written = random.Random(letters + seed), []
+    for number in range(dice.randint(1, 12)):
         usage, reason = {"prompt_tokens": int(seed), "completion_tokens": number}, dice.choice(["stop", "length"])
         meta: dict[str, Any] = dice.choice(
             [*[{}] * 9, {"thought": number}, {"usage": usage}, {"finish_reason": reason}]
@@ -146,7 +146,8 @@ def script(letters: str, seed: str, pause: Callable[[float], None] = lambda _: N
         text = "".join(dice.choices(letters, k=dice.choice([0, 1, 5, 300])))
         pause(dice.choice([*[0] * 9, 0.003]))
         yield (chunk := StreamingChunk(text, meta=dict(meta)))
-        assert (chunk.content, chunk.meta) == (text, meta)  # it is the component's, which builds its reply from it
+        written.append((chunk, text, meta))
+    assert all((chunk.content, chunk.meta) == (text, meta) for chunk, text, meta in written)  # a reply is built from it
 
 
 def assert_complete(authors: list[str], seed: str, items: list[str]) -> None:

@@ -43,7 +43,7 @@ class Cursor:
 class Speech:
     def __init__(self, speech: Callable[[str], Iterable[Any]] | None = None) -> None:
         self.speech = speech or (lambda prompt: eval(prompt, globals(), {"self": self}))
-        self.pool, self.feeds = ThreadPoolExecutor(1), {"news": say(f"{number} " for number in count())}
+        self.pool, self.feeds = ThreadPoolExecutor(1), {"news": (StreamingChunk(f"{number} ") for number in count())}
         self.sent = self.runs = self.lost = 0
 
     @contextlib.contextmanager
