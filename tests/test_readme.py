@@ -324,7 +324,7 @@ def test_the_pod_is_what_kubernetes_takes_and_gets_the_status_it_needs(chat: Cha
         assert client.get(container["livenessProbe"]["httpGet"]["path"]).status_code == 200
 
 
-def test_the_app_authenticates_adds_openais_form_and_streams(checkout: Checkout, upstream: Upstream) -> None:
+def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
     (checkout.folder / "app.py").write_text(block("python", name="app"))
     copy_wrapper(EXAMPLE, checkout.folder / "pipelines" / NAME)
     checkout.environment.update(CLIENT_KEY="geheim", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
@@ -345,9 +345,12 @@ def test_the_app_authenticates_adds_openais_form_and_streams(checkout: Checkout,
         failed = client.post("/v1/chat/completions", json=body)
         assert (failed.status_code, failed.headers["x-should-retry"]) == (400, "false")
         assert failed.json()["error"]["message"] == failed.json()["detail"] == "The upstream refused the request."
-        upstream.reply = Reply()
+        upstream.forget()
+        upstream.reply = LONG
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            assert text_of(events_of(response.iter_raw())) == "Hello, world!"
+            assert next(texts_of(events_of(response.iter_raw()))) == "0 "
+        upstream.wait_until(lambda: upstream.received[0].over)
+        assert upstream.received[0].left
 
 
 def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstream, tmp_path: Path) -> None:
