@@ -19,7 +19,7 @@ STALLED = f"The client has not read for {PATIENCE} seconds, so its answer has en
 Callback = Callable[[Any], None]
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP", default=None)
-LOCKSTEP_OF_RUN: ContextVar["Lockstep | None"] = ContextVar("LOCKSTEP_OF_RUN", default=None)  # inside a component
+IS_IN_COMPONENT: ContextVar[bool] = ContextVar("IS_IN_COMPONENT", default=False)  # and what it runs needs no lockstep
 
 
 class AnswerOver(asyncio.CancelledError):
@@ -84,7 +84,7 @@ class Lockstep:
         key, send_now = id(component), self.stopping_callback(callback)
 
         def send(chunk: Any) -> None:
-            if LOCKSTEP_OF_RUN.get() is not self:  # Hayhooks' callback would send the chunk to the client of this run
+            if CURRENT_LOCKSTEP.get() is not self:  # Hayhooks' callback would send the chunk to the client of this run
                 raise RuntimeError("This streaming_callback belongs to another answer.")
             with self._condition:
                 last: Any = self._last_sent.get(key)
@@ -145,8 +145,7 @@ class Lockstep:
         """Raise AnswerOver if the answer is over when this block starts or ends, whatever the component has raised."""
         if self._is_over:
             raise AnswerOver
-        LOCKSTEP_OF_RUN.set(self)
-        token = CURRENT_LOCKSTEP.set(None)  # so that a stoppable component inside this one does not wait as well
+        token = IS_IN_COMPONENT.set(True)
         try:
             yield
         except BaseException as error:
@@ -154,6 +153,6 @@ class Lockstep:
                 self.component_errors.append(error)
                 raise
         finally:
-            CURRENT_LOCKSTEP.reset(token)
+            IS_IN_COMPONENT.reset(token)
         if self._is_over:
             raise AnswerOver
