@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
 
-from .lockstep import CURRENT_LOCKSTEP, IS_IN_COMPONENT, Callback, Lockstep
+from .lockstep import CURRENT_LOCKSTEP, Callback, Lockstep
 
 Component = TypeVar("Component", bound=Any)
 
@@ -28,7 +28,7 @@ def stoppable(component: Component) -> Component:
     @functools.wraps(type(component).run)  # Haystack and Hayhooks read its signature
     def run(self: Any, *args: Any, **inputs: Any) -> Any:
         lockstep, callback = CURRENT_LOCKSTEP.get(), inputs.get("streaming_callback")
-        if lockstep is None or IS_IN_COMPONENT.get():
+        if lockstep is None:  # outside of an answer
             return original_run(self, *args, **inputs)
         if callback is not None and not inspect.iscoroutinefunction(callback):  # Haystack refuses an async one
             inputs["streaming_callback"] = in_step(lockstep, self, callback)
@@ -41,7 +41,7 @@ def stoppable(component: Component) -> Component:
         @functools.wraps(type(component).run_async)
         async def run_async(self: Any, *args: Any, **inputs: Any) -> Any:
             lockstep, call = CURRENT_LOCKSTEP.get(), functools.partial(original_run_async, self, *args, **inputs)
-            return await (call() if lockstep is None or IS_IN_COMPONENT.get() else lockstep.run_async(call))
+            return await (call() if lockstep is None else lockstep.run_async(call))
 
         component.run_async = MethodType(run_async, component)
     return component

@@ -19,7 +19,6 @@ STALLED = f"The client has not read for {PATIENCE} seconds, so its answer has en
 Callback = Callable[[Any], None]
 # Haystack runs each component in a task or a thread with a copy of the context, where the component finds its Lockstep.
 CURRENT_LOCKSTEP: ContextVar["Lockstep | None"] = ContextVar("CURRENT_LOCKSTEP", default=None)
-IS_IN_COMPONENT: ContextVar[bool] = ContextVar("IS_IN_COMPONENT", default=False)  # and what it runs needs no lockstep
 
 
 class AnswerOver(asyncio.CancelledError):
@@ -145,14 +144,11 @@ class Lockstep:
         """Raise AnswerOver if the answer is over when this block starts or ends, whatever the component has raised."""
         if self._is_over:
             raise AnswerOver
-        token = IS_IN_COMPONENT.set(True)
         try:
             yield
         except BaseException as error:
             if not self._is_over:
                 self.component_errors.append(error)
                 raise
-        finally:
-            IS_IN_COMPONENT.reset(token)
         if self._is_over:
             raise AnswerOver
