@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from demo import QUESTIONS
 from harness.client import Chat, events_of, text_of, texts_of
 from harness.environments import unavailable
+from harness.local_model import MODEL
 from harness.other_environments import ONE_RUN_IS_ENOUGH, served_from, write_pipelines
 from harness.readme import BLOCKS, MANUAL, README, block, starting
 from harness.serving import EXAMPLE, KEY, NAME, Server, copy_wrapper, deployed, free_port, hayhooks, running, wait_until
@@ -262,7 +264,7 @@ def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: U
     assert not (checkout.folder / "pipelines").exists()
 
 
-def test_the_demo_is_cloned_and_can_be_removed(tmp_path: Path, upstream: Upstream) -> None:
+def test_the_demo_is_cloned_printed_and_removed(tmp_path: Path, upstream: Upstream) -> None:
     checkout = Checkout(tmp_path, upstream)
     checkout.folder.mkdir()
     clone, change, start = block("bash", name="demo").splitlines()
@@ -272,6 +274,9 @@ def test_the_demo_is_cloned_and_can_be_removed(tmp_path: Path, upstream: Upstrea
     [remove] = re.findall("`(rm -rf [^`]+)`", README)
     checkout.run(remove)
     assert list(cache.iterdir()) == []
+    [printed] = starting("No OPENAI_API_KEY")
+    assert printed.splitlines()[0] == f"No OPENAI_API_KEY, so {MODEL} answers, on this machine."
+    assert printed.splitlines()[3] == f"> {QUESTIONS[0]}"
 
 
 def test_the_deploy_block_uploads_the_example_alone(checkout: Checkout, upstream: Upstream) -> None:
@@ -486,6 +491,7 @@ def test_the_commands_are_those_of_the_script() -> None:
     usage = subprocess.run([EXAMPLE / "tests" / "run", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
     named = re.findall(r"\./tests/run (\w+)", README + MANUAL + (EXAMPLE / "tests" / "README.md").read_text())
     assert set(named) == set(re.findall(r"\./tests/run (\w+)", usage))
+    assert {"--once", "--chat"} == set(re.findall(r"`(--\w+)`", README)) < set(re.findall(r"\[(--\w+)\]", usage))
 
 
 def test_the_costs_are_those_of_the_benchmark() -> None:
