@@ -170,7 +170,10 @@ def assert_the_chat_generator_serves(server: Server, upstream: Upstream) -> None
 
 def assert_any_component_serves(server: Server) -> None:
     chat = Named(server, "any_component")
-    assert text_of(chat.events("one two")) == "one two "
+    words = "word " * 2_000
+    texts = list(texts_of(chat.events(words.strip())))
+    assert "".join(texts) == words
+    assert len(texts) < 2_000  # `stoppable` joins chunks for a component that is faster than its client
     assert chat.post("one two").json()["choices"][0]["finish_reason"] == "stop"
 
 
@@ -500,6 +503,10 @@ def test_the_costs_are_those_of_the_benchmark() -> None:
     versions = re.findall(r"(?:[a-z-]+|Python) (\d+\.\d+\.\d+)", report.split("\n\n")[1])
     assert versions
     assert all(version in README for version in versions)
+    ratios = re.findall(r"tokens per second of all streams to .*?\| \d+ \| ([\d.]+) \|", report)
+    printed = [f"{one}, {two} and {three}" for one, two, three in zip(*[iter(ratios)] * 3, strict=True)]
+    assert printed
+    assert all(f"({figures}" in README for figures in printed)
 
 
 def test_a_link_leads_to_a_file_and_a_heading() -> None:
