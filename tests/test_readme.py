@@ -58,23 +58,12 @@ class Named(Chat):
 
 def recipes(*names: str, **urls: str) -> dict[str, dict[str, str]]:
     """Return the files of recipes by their names, with these URLs in their YAML files in place of those printed."""
-    found = {name: {"pipeline_wrapper.py": router() if name == "router" else recipe(name)} for name in names}
+    found = {name: {"pipeline_wrapper.py": block("python", name=f"recipe {name}")} for name in names}
     for name in {"from_yaml", "router"} & set(names):
         found[name]["pipeline.yml"] = block("yaml", name=f"pipeline {name}")
         for old, new in {"https://api.openai.com/v1": urls["openai"], "http://localhost:11434": urls["ollama"]}.items():
             found[name]["pipeline.yml"] = found[name]["pipeline.yml"].replace(old, new)
     return found
-
-
-def recipe(name: str) -> str:
-    return block("python", name=f"recipe {name}")
-
-
-def router() -> str:
-    """Return the wrapper for a pipeline from YAML, with the router's lines in place of its own."""
-    _, setup, answer = re.split("^# .*\n", block("python", name="router"), flags=re.MULTILINE)
-    wrapper = re.sub(r"^ +stoppable\(tolerant.*\n", setup, recipe("from_yaml"), flags=re.MULTILINE)
-    return "".join([*wrapper.splitlines(keepends=True)[:-3], answer])
 
 
 def azure(url: str) -> dict[str, str]:
@@ -521,5 +510,5 @@ def test_a_link_leads_to_a_file_and_a_heading() -> None:
 
 def test_a_recipe_has_at_most_thirty_lines() -> None:
     lengths = [len(one.code.splitlines()) for one in BLOCKS if one.name.startswith("recipe")]
-    assert len(lengths) == 4
+    assert len(lengths) == 5
     assert max(lengths) <= 30
