@@ -2,7 +2,7 @@
 
     openai_response   decorates a `run_chat_completion_async` that returns `async_streaming_generator(...)`
     parse_messages    returns `.prompt`, all turns of the conversation without the system prompt; `.question`, the
-                      user's last text; and `.system_prompt`, which can be None
+                      user's last text; `.system_prompt`, which can be None; and `.turns`, for chat generators
     parse_parameters  returns a dict of `temperature` and other parameters, by OpenAI's names; rename them for a
                       component that calls them differently, or leave them out
     stoppable         wraps each component that streams: any whose `run` has a parameter `streaming_callback`, which it
@@ -23,8 +23,8 @@ So a pipeline of your own, with a retriever and a default system prompt, can hav
         },
     }
 
-If your component has no `system_prompt`, put the system prompt into the prompt. A chat generator takes real turns as
-"messages": [ChatMessage.from_openai_dict_format(message) for message in messages], after `parse_messages(messages)`.
+If your component has no `system_prompt`, put the system prompt into the prompt. A chat generator takes
+"messages": [ChatMessage.from_openai_dict_format(turn) for turn in conversation.turns], after the system prompt's.
 
 Each wrapper passes `streaming_components` and `allow_sync_streaming_callbacks` itself. MAX_CONCURRENT_STREAMS (500)
 limits the clients of each pipeline in each worker. Many threads call a component's `run` at once: if it holds a lock

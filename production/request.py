@@ -32,16 +32,17 @@ class Conversation(NamedTuple):
     system_prompt: str | None  # from the system messages before the first turn
     prompt: str  # all turns, with their roles; if there is only one, its text alone
     question: str  # the last text from the user; if there is none, from the system
+    turns: list[dict[str, str]]  # each with `role` and `content`, for a generator that takes ChatMessages
 
 
 def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
     """Return the conversation in the messages; raises HTTPException if there is nothing to answer."""
     instructions: list[str] = []
-    turns: list[tuple[str, str]] = []
+    turns: list[dict[str, str]] = []
     problem = None  # with the last message from the user, unless the assistant has answered it
     for message in messages:
         role, content = message.get("role"), message.get("content")
-        text = text_of(content, separator="\n")
+        text = whole(text_of(content, separator="\n"))
         match role:
             case "system" | "developer":
                 role = "system"
@@ -56,19 +57,21 @@ def parse_messages(messages: list[dict[str, Any]]) -> Conversation:
         if text.strip() and role == "system" and not turns:
             instructions.append(text)
         elif text.strip():
-            turns.append((role, text))  # also a system message: some agents send the results of their tools in this way
+            # Also a system message: some agents send the results of their tools in this way.
+            turns.append({"role": role, "content": text})
     if problem:
         raise HTTPException(400, problem)
     system_prompt = "\n".join(instructions) or None
-    if system_prompt and not any(role == "user" for role, _ in turns):
+    if system_prompt and not any(turn["role"] == "user" for turn in turns):
         # Some front-ends ask for a title in a system message, without a message from the user.
-        turns.insert(0, ("system", system_prompt))
+        turns.insert(0, {"role": "system", "content": system_prompt})
         system_prompt = None
-    questions = [text for wanted in ("user", "system") for role, text in reversed(turns) if role == wanted]
+    questions = [turn["content"] for role in ("user", "system") for turn in reversed(turns) if turn["role"] == role]
     if not questions:
         raise HTTPException(400, NO_TEXT)
-    prompt = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-    return Conversation(system_prompt and whole(system_prompt), whole(prompt), whole(questions[0]))
+    lines = [f"{turn['role']}: {turn['content']}" for turn in turns]
+    prompt = "\n\n".join(lines) if len(turns) > 1 else turns[0]["content"]
+    return Conversation(system_prompt, prompt, questions[0], turns)
 
 
 def problem_with(content: Any) -> str | None:

@@ -34,4 +34,4 @@ class SurrogateDecoder:
 
 def whole(text: str) -> str:
     """Return a whole text without unpaired surrogates."""
-    return SurrogateDecoder().decode(text, is_last=True)
+    return text if text.isascii() else SurrogateDecoder().decode(text, is_last=True)

@@ -56,13 +56,11 @@ class Named(Chat):
         return super().request(messages, **{"model": self.name, **body})
 
 
-def recipes(*names: str, **urls: str) -> dict[str, dict[str, str]]:
-    """Return the files of recipes by their names, with these URLs in their YAML files in place of those printed."""
+def recipes(*names: str, ollama: str = "") -> dict[str, dict[str, str]]:
+    """Return the files of recipes by their names, with this URL of Ollama in place of the one that is printed."""
     found = {name: {"pipeline_wrapper.py": block("python", name=f"recipe {name}")} for name in names}
     for name in {"from_yaml", "router"} & set(names):
-        found[name]["pipeline.yml"] = block("yaml", name=f"pipeline {name}")
-        for old, new in {"https://api.openai.com/v1": urls["openai"], "http://localhost:11434": urls["ollama"]}.items():
-            found[name]["pipeline.yml"] = found[name]["pipeline.yml"].replace(old, new)
+        found[name]["pipeline.yml"] = block("yaml", name=f"pipeline {name}").replace("http://localhost:11434", ollama)
     return found
 
 
@@ -76,9 +74,9 @@ def azure(url: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def served(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, host = tmp_path_factory.mktemp("pipelines"), shared_upstream.url.removesuffix("/v1")
+    folder = tmp_path_factory.mktemp("pipelines")
     names = ("rag", "chat_generator", "from_yaml", "any_component")
-    write_pipelines(folder, {**recipes(*names, openai=shared_upstream.url, ollama=host), "azure": azure(host)})
+    write_pipelines(folder, {**recipes(*names), "azure": azure(shared_upstream.url.removesuffix("/v1"))})
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": shared_upstream.url, "HAYHOOKS_PIPELINES_DIR": str(folder)}
     with hayhooks(AZURE_OPENAI_API_KEY=KEY, HAYHOOKS_STARTUP_DEPLOY_STRATEGY="sequential", **variables) as server:
         yield server
@@ -102,10 +100,13 @@ def assert_it_serves(chat: Chat, upstream: Upstream) -> None:
 def test_rag_with_defaults(served: Server, upstream: Upstream) -> None:
     assert_it_serves(chat := Named(served, "rag"), upstream)
     assert chat.post("When is lunch?").status_code == 200
-    history = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": "At nine."}]
+    opening = "The office opens at nine."
+    history = [{"role": "user", "content": "Does the office open?"}, {"role": "assistant", "content": opening}]
     question = {"role": "user", "content": [{"type": "text", "text": "When is lunch?"}]}
     chat.post([{"role": "system", "content": "Rhyme."}, *history, question], temperature=0.5)
     default, sent = (one.body for one in upstream.received)
+    chat.post("When does the office open?")
+    assert upstream.received[-1].body["messages"][-1]["content"] == f"{opening}\n\nWhen does the office open?"
     assert [message["content"] for message in default["messages"]] == [
         "You are a librarian.",
         "Lunch is at noon.\n\nWhen is lunch?",
@@ -125,8 +126,8 @@ def test_a_pipeline_from_yaml(served: Server, upstream: Upstream) -> None:
 
 @ONE_RUN_IS_ENOUGH
 def test_a_router_with_ollama_and_openai(upstream: Upstream) -> None:
-    urls = {"openai": upstream.url, "ollama": upstream.url.removesuffix("/v1")}
-    with served_from("third_party", recipes("router", **urls), OPENAI_API_KEY=KEY) as server:
+    files, variables = recipes("router", ollama=upstream.url.removesuffix("/v1")), {"OPENAI_BASE_URL": upstream.url}
+    with served_from("third_party", files, OPENAI_API_KEY=KEY, **variables) as server:
         chat = Named(server, "router")
         for question in ("42", "None", "{{ 7*7 }}"):
             upstream.reply = Reply(wire_format=ollama)
@@ -150,10 +151,15 @@ def test_azure(served: Server, upstream: Upstream) -> None:
 def assert_the_chat_generator_serves(server: Server, upstream: Upstream) -> None:
     assert_it_serves(chat := Named(server, "chat_generator"), upstream)
     turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-    events = chat.events(turns, temperature=0.5, stream_options={"include_usage": True})
+    stopped = {"role": "assistant", "content": ""}
+    events = chat.events([*turns[:2], stopped, *turns[2:]], temperature=0.5, stream_options={"include_usage": True})
     assert "usage" in events[-1]
     assert upstream.received[0].body["temperature"] == 0.5
-    assert [message["role"] for message in upstream.received[0].body["messages"]] == [turn["role"] for turn in turns]
+    received = [(message["role"], message["content"]) for message in upstream.received[0].body["messages"]]
+    assert received == [(turn["role"], turn["content"]) for turn in turns]
+    assert chat.post([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]).status_code == 200
+    default, question = upstream.received[1].body["messages"]
+    assert (default["content"], question["content"]) == ("You are a librarian.", "Hi")
     assert chat.post(" ").status_code == 400
 
 
@@ -335,9 +341,14 @@ def test_the_pod_is_what_kubernetes_takes_and_gets_the_status_it_needs(chat: Cha
 def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checkout, upstream: Upstream) -> None:
     (checkout.folder / "app.py").write_text(block("python", name="app"))
     copy_wrapper(EXAMPLE, checkout.folder / "pipelines" / NAME)
-    checkout.environment.update(CLIENT_KEY="geheim", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
+    checkout.environment.update(CLIENT_KEY="", OPENAI_API_KEY=KEY, HAYHOOKS_PIPELINES_DIR="pipelines")
+    python = shlex.quote(sys.executable)
+    with pytest.raises(RuntimeError, match="the process ended"), checkout.serve(f"{python} app.py", start=python):
+        pass
+    assert "CLIENT_KEY is not set." in (checkout.home / "server.log").read_text()
+    checkout.environment.update(CLIENT_KEY="geheim")
     body = {"model": NAME, "messages": HI, "stream": True}
-    with checkout.serve(f"{shlex.quote(sys.executable)} app.py", start=shlex.quote(sys.executable)):
+    with checkout.serve(f"{python} app.py", start=python):
         client = httpx.Client(base_url=checkout.url, timeout=60)
         assert client.post("/v1/chat/completions", json=body).json()["error"]["message"] == "Unauthorized"
         assert client.get("/hello").status_code == 401
@@ -349,6 +360,7 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
         assert client.get("/hello").json() == {"hello": "world"}
         assert client.post("/deploy_files", json={}).status_code == 401
         assert client.post("/v1/chat/completions", json={**body, "n": 2}).json()["error"]["type"].startswith("invalid")
+        assert client.get("/v1/chat/completions").json()["error"]["message"] == "Method Not Allowed"
         upstream.reply = Reply(status=404, error={"error": {"message": "No."}})
         failed = client.post("/v1/chat/completions", json=body)
         assert (failed.status_code, failed.headers["x-should-retry"]) == (400, "false")

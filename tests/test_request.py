@@ -69,7 +69,10 @@ LEFT_OUT: list[list[Any]] = [
     ],
 )
 def test_what_the_model_receives(messages: list[dict[str, Any]], system_prompt: str | None, prompt: str) -> None:
-    assert parse_messages(messages)[:2] == (system_prompt, prompt)
+    conversation = parse_messages(messages)
+    assert conversation[:2] == (system_prompt, prompt)
+    texts = ["{role}: {content}".format(**turn) for turn in conversation.turns]
+    assert prompt in ("\n\n".join(texts), conversation.turns[0]["content"])
 
 
 def test_the_question_is_the_users_last_text_or_else_the_systems() -> None:
