@@ -159,6 +159,15 @@ def test_a_refused_parameter_is_left_out_next_time(
     assert bodies == sent
 
 
+def test_a_requests_limit_replaces_a_default_under_its_other_name(llm: Any, upstream: Upstream) -> None:
+    for default, parameters in ((OLD, NEW), (NEW, OLD), (OLD, OLD), (NEW, SEED), ({}, OLD | NEW)):
+        llm.generation_kwargs = default
+        llm.run("Hi", generation_kwargs=dict.fromkeys(parameters, 8))
+    sent = [{name: one.body[name] for name in one.body.keys() - FIXED} for one in upstream.received]
+    new, old = (dict.fromkeys(names, 8) for names in (NEW, OLD))
+    assert sent == [new, old, old, {**NEW, "seed": 8}, {**old, **new}]
+
+
 def test_what_is_remembered_and_logged_of_refusals_is_bounded(llm: Any, upstream: Upstream) -> None:
     upstream.reply = lambda body: refusal("reasoning_effort") if "reasoning_effort" in body else Reply()
     logged: list[str] = []
