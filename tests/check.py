@@ -17,6 +17,8 @@ from harness.serving import KEY, NAME, DeployError, Server, bare_environment, ha
 from harness.upstream import Reply, Upstream, openai
 
 SECONDS_FOR_EACH, SECONDS_UNTIL_THE_LAST = 8, 75
+KEYS = [f"{provider}_API_KEY" for provider in ("OPENAI", "AZURE_OPENAI", "ANTHROPIC", "COHERE", "MISTRAL")]
+NOT_ASKED = "It did not ask OPENAI_BASE_URL. Without a URL in its code or its YAML, more can be seen."
 BROKEN, NOT_SEEN = "does not: ", "not seen here: "
 UNREACHABLE = re.compile("connection (error|refused)|connection attempts failed|proxyerror", re.IGNORECASE)
 # These words are found wherever a prompt puts them.
@@ -36,7 +38,7 @@ class Client(Chat):
 
     def __init__(self, server: Server, upstream: Upstream) -> None:
         super().__init__(server, done=False)
-        self.strict, self.upstream, self.asks = Chat(server), upstream, False
+        self.strict, self.upstream, self.asks, self.reason = Chat(server), upstream, False, ""
 
     def lost(self, *words: str, messages: Any = QUESTION, **body: Any) -> str:
         """Return which words of a request do not reach the upstream."""
@@ -112,7 +114,7 @@ class Client(Chat):
         if reply and not self.asks:
             return f"{NOT_SEEN}the scripted upstream was not asked"
         self.upstream.forget()
-        self.upstream.reply = reply or Reply()
+        self.upstream.reply, logged = reply or Reply(), len(self.server.log)
         signal.setitimer(signal.ITIMER_REAL, SECONDS_FOR_EACH)
         try:
             fault = find(self)
@@ -125,6 +127,8 @@ class Client(Chat):
         self.asks = self.asks or bool(self.upstream.received)
         if fault and not self.asks and UNREACHABLE.search(self.server.log):
             return f"{NOT_SEEN}it asks another machine"
+        if fault and (error := re.search(r"ERROR .*(\n(?!\d{4}-).+){0,4}", self.server.log[logged:])):
+            self.reason = self.reason or f'Of "{fault}", the server says:\n{error[0]}'
         return " ".join(f"{BROKEN}{fault}".split()) if fault else "holds"
 
 
@@ -174,7 +178,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped."))
     os.environ.update(bare_environment())  # its own clients heed proxies, too
     print("Starting Hayhooks, and deploying the wrapper to it ...", flush=True)
-    variables, verdicts = {"OPENAI_API_KEY": KEY, "OPENAI_MAX_RETRIES": "0"}, []
+    variables, verdicts = {**dict.fromkeys(KEYS, KEY), "OPENAI_MAX_RETRIES": "0"}, []
     with Upstream() as upstream, hayhooks(OPENAI_BASE_URL=upstream.url, **variables) as server:
         client = Client(server, upstream)
         try:
@@ -183,6 +187,8 @@ def main() -> None:
                 in_time = time.monotonic() < until
                 verdicts.append(client.verdict(find, reply) if in_time else f"{NOT_SEEN}the time is up")
                 print(f"{promise:<48}{verdicts[-1]}"[:100], flush=True)
+            if hint := client.reason or ("" if client.asks else NOT_ASKED):
+                print(hint)
         except DeployError as error:
             verdicts.append(BROKEN)
             print(refusal(str(error)))

@@ -45,6 +45,17 @@ def test_what_the_scripted_upstream_is_not_asked_for_is_not_seen(tmp_path: Path)
     assert (status, said["does not"]) == (0, []), printed
     assert "Stop ends the model's answer" in said["not seen here"]
     assert "a stream ends with [DONE]" in said["holds"]
+    assert "did not ask OPENAI_BASE_URL" in printed
+
+
+def test_the_first_error_is_told(tmp_path: Path) -> None:
+    copy_wrapper(EXAMPLE, tmp_path)
+    (wrapper := tmp_path / "pipeline_wrapper.py").write_text(
+        wrapper.read_text().replace('"conversation": con', '"other": con')
+    )
+    status, printed, _ = check(tmp_path)
+    assert status == 1
+    assert re.search(r"^Of \"Server error '502.*\nERROR .*Input 'other' not found", printed, re.MULTILINE), printed
 
 
 def test_a_missing_package_is_told_how_to_add(tmp_path: Path) -> None:
