@@ -444,14 +444,16 @@ class SdkError(Exception):
         self.status_code, self.headers, self.body = status, {"Retry-After": "7"}, {"message": "You asked too much."}
 
 
-@pytest.mark.parametrize("row", rows_below(MANUAL, "| the upstream | status |")[:4], ids=lambda row: row[0])
+@pytest.mark.parametrize(
+    "row", rows_below(MANUAL, "| condition, or the upstream's status | status |")[:4], ids=lambda row: row[0]
+)
 def test_a_failure_is_what_the_table_says(row: list[str]) -> None:
     cause, answered, told = row
     statuses = [int(status) for status in re.findall(r"\d{3}", cause)][: 1 if "other 4xx" in cause else None]
     for error in map(SdkError, statuses):
         failure = as_http_exception(error, [error])
         assert failure.status_code == int(answered[:3])
-        assert failure.detail == ("You asked too much." if "own sentence" in told else told.strip("`"))
+        assert failure.detail == ("You asked too much." if "own error" in told else told.strip("`"))
         for header in ("Retry-After", "x-should-retry"):
             assert (header in (failure.headers or {})) == (header in answered)
 

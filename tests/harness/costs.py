@@ -125,11 +125,12 @@ def summary(all_results: list[Results]) -> str:
     names = [PLAIN, OURS, ASYNC, LITELLM]
     late_answer, memory = partial(Round.whole_answer, percent=95), measured(Round.memory_per_stream)
     rows: list[Any] = [
-        *(("tokens per second of each of {} streams", n, EACH, 0, "") for n in (50, 100, 300)),
+        *(("tokens per second per stream, {} streams", n, EACH, 0, "") for n in (100, 300)),
+        *(("tokens per second in all, {} streams", n, TOGETHER, 0, "") for n in (100, 300)),
         *(("first token, p95, {} streams", n, LATE, 1, " s") for n in (100, 300)),
         ("whole answer, p95, {} streams", 100, measured(late_answer), 1, " s"),
         ("CPU time per token, {} streams", 100, CPU, 0, " µs"),
-        ("memory for each of {} streams", 100, memory, 0, " KiB"),
+        ("memory per stream, {} streams", 100, memory, 0, " KiB"),
     ]
 
     def cell(name: str, level: int, value: Callable[[Results, str, int], float], digits: int, unit: str) -> str:
