@@ -1,4 +1,4 @@
-"""Hybrid mode: stream a component that only works synchronously from an async Hayhooks server.
+"""Hybrid mode: stream from a component that only works synchronously in an async Hayhooks server.
 
 Hybrid mode is one argument, `allow_sync_streaming_callbacks=True`. OpenAIGenerator stands in for a component that you
 cannot replace with an async one. Hybrid mode needs nothing from `production`, which adds what a service needs: error
@@ -27,11 +27,11 @@ class PipelineWrapper(BasePipelineWrapper):
         llm = OpenAIGenerator(**Settings().openai_arguments())
         self.pipeline = AsyncPipeline()
         self.pipeline.add_component("prompt", PromptBuilder(PROMPT, required_variables="*"))
-        # Each returns the llm; their order does not matter.
+        # `stoppable` and `tolerant` each return the llm; their order does not matter.
         self.pipeline.add_component("llm", stoppable(tolerant(llm)))
         self.pipeline.connect("prompt.prompt", "llm.prompt")
 
-    @openai_response  # callers get the events of a stream or one completion, made from what this returns
+    @openai_response  # turns the returned chunks into the events of a stream, or into one completion
     async def run_chat_completion_async(
         self, model: str, messages: list[dict[str, Any]], body: dict[str, Any]
     ) -> AsyncGenerator[StreamingChunk]:
