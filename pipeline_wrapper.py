@@ -1,4 +1,4 @@
-"""Hybrid mode: stream from a component that only works synchronously in an async Hayhooks server.
+"""Hybrid mode: stream from a sync-only component in an async Hayhooks server.
 
 Hybrid mode is one argument, `allow_sync_streaming_callbacks=True`. OpenAIGenerator stands in for a component that you
 cannot replace with an async one. Hybrid mode needs nothing from `production`, which adds what a service needs: error
