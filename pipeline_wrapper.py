@@ -8,8 +8,7 @@ statuses, limits, conversations, and answers that end when the client leaves.
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from hayhooks import BasePipelineWrapper, async_streaming_generator
-from haystack import AsyncPipeline
+from hayhooks import AsyncPipeline, BasePipelineWrapper, async_streaming_generator
 from haystack.components.builders import PromptBuilder
 from haystack.components.generators import OpenAIGenerator
 from haystack.dataclasses import StreamingChunk

@@ -8,7 +8,7 @@
     stoppable         wraps each component that streams: any whose `run` has a parameter `streaming_callback`, which it
                       calls with each StreamingChunk
     tolerant          lets an OpenAIGenerator, and no other component, work with upstreams that refuse some parameters
-    Settings          reads the environment variables of an OpenAIGenerator
+    Settings          reads the environment variables of an OpenAI generator
 
 So a pipeline of your own, with a retriever and a default system prompt, can have
 
