@@ -283,8 +283,11 @@ def test_the_deploy_block_uploads_the_example_alone(checkout: Checkout, upstream
         checkout.run(block("bash", name="deploy"))
         checkout.run(block("bash", name="deploy"))  # a second time, as after a change
         ask_all(checkout, upstream)
-    pipelines = checkout.home / "pipelines"
-    arrived = {str(path.relative_to(pipelines)) for path in pipelines.rglob("*.*") if path.suffix != ".pyc"}
+        pipelines = checkout.home / "pipelines"
+        arrived = {str(path.relative_to(pipelines)) for path in pipelines.rglob("*.*") if path.suffix != ".pyc"}
+        [undeploy] = re.findall("`(hayhooks pipeline undeploy [^`]+)`", MANUAL)
+        checkout.run(undeploy)
+        assert not (pipelines / NAME).exists()
     production = {f"{NAME}/production/{path.name}" for path in (EXAMPLE / "production").iterdir() if path.is_file()}
     assert arrived == {f"{NAME}/pipeline_wrapper.py", *production}
 
@@ -331,6 +334,7 @@ def test_the_pod_is_what_kubernetes_takes_and_gets_the_status_it_needs(chat: Cha
     streams, upstream = int(variables["HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT"]), Settings.model_fields["OPENAI_TIMEOUT"]
     assert pod["terminationGracePeriodSeconds"] >= pause + streams + upstream.default
     assert f"TimeoutStopSec={pod['terminationGracePeriodSeconds']}" in block("ini", name="systemd")
+    assert f"HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT={streams}" in block("ini", name="systemd")
     assert chat.http.get(container["readinessProbe"]["httpGet"]["path"]).status_code == 200
     with hayhooks(wrapper=EXAMPLE) as without_key:  # so the deploy fails
         client = Chat(without_key).http
@@ -371,6 +375,17 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
             assert next(texts_of(events_of(response.iter_raw()))) == "0 "
         upstream.wait_until(lambda: upstream.received[0].over)
         assert upstream.received[0].left
+
+
+def test_systemd_knows_what_the_unit_says(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        unavailable("there is no systemd-analyze here", comes_with_packages=False)
+    (unit := tmp_path / "hayhooks.service").write_text(block("ini", name="systemd"))
+    verify = ["systemd-analyze", "verify", str(unit)]
+    [complaint] = subprocess.run(
+        verify, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout.splitlines()
+    assert "/opt/hayhooks/bin/hayhooks is not executable" in complaint
 
 
 def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstream, tmp_path: Path) -> None:
