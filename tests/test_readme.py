@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ def test_a_router_with_ollama_and_openai(upstream: Upstream) -> None:
             upstream.reply = Reply(wire_format=ollama)
             assert text_of(chat.events(question)) == "Hello, world!"
             assert upstream.received[-1].body["prompt"] == question
+        upstream.forget()
+        upstream.reply = replace(LONG, wire_format=ollama)
+        with chat.open() as events:
+            next(texts_of(events))
+        upstream.wait_until(lambda: upstream.received[0].over)
+        assert upstream.received[0].left
         upstream.reply = Reply()
         assert text_of(chat.events("long " * 50, temperature=0.5)) == "Hello, world!"
         assert upstream.received[-1].body["temperature"] == 0.5
@@ -146,6 +153,10 @@ def test_azure(served: Server, upstream: Upstream) -> None:
     assert (received.headers["api-key"], received.body["temperature"]) == (KEY, 0.5)
     upstream.reply = Reply(status=400, error={"error": {"message": f"{KEY} asks too much."}})
     assert chat.post().json() == {"detail": "[key] asks too much."}
+    upstream.forget()
+    upstream.reply = Reply(status=500, error={"error": {"message": "No."}})
+    assert chat.post().status_code == 502
+    assert len(upstream.received) == 1  # it leaves retries to its clients
 
 
 def assert_the_chat_generator_serves(server: Server, upstream: Upstream) -> None:

@@ -125,7 +125,7 @@ def summary(all_results: list[Results]) -> str:
     names = [PLAIN, OURS, ASYNC, LITELLM]
     late_answer, memory = partial(Round.whole_answer, percent=95), measured(Round.memory_per_stream)
     rows: list[Any] = [
-        ("tokens per second per stream, {} streams", 100, EACH, 0, ""),
+        ("tokens per second per stream, {} streams", 50, EACH, 0, ""),
         *(("total tokens per second, {} streams", n, TOGETHER, 0, "") for n in (100, 300)),
         *(("first token, p95, {} streams", n, LATE, 1, " s") for n in (100, 300)),
         ("whole answer, p95, {} streams", 100, measured(late_answer), 1, " s"),
