@@ -127,8 +127,8 @@ class Client(Chat):
         self.asks = self.asks or bool(self.upstream.received)
         if fault and not self.asks and UNREACHABLE.search(self.server.log):
             return f"{NOT_SEEN}it asks another machine"
-        if fault and (error := re.search(r"ERROR .*(\n(?!\d{4}-).+){0,4}", self.server.log[logged:])):
-            self.reason = self.reason or f'Of "{fault}", the server says:\n{error[0]}'
+        if fault and (entry := re.search(r"ERROR .*(\n(?!\d{4}-).+){0,4}", self.server.log[logged:])):
+            self.reason = self.reason or f'Of "{fault}", the server says:\n{entry[0]}'
         return " ".join(f"{BROKEN}{fault}".split()) if fault else "holds"
 
 

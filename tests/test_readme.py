@@ -33,8 +33,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from production import Settings
-from production.failure import as_http_exception
+from production.failure import FAILED, TOO_LATE, as_http_exception
 from production.request import PARAMETERS
+from production.response import NO_SLOT
 from production.settings import Limits
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -469,9 +470,14 @@ class SdkError(Exception):
         self.status_code, self.headers, self.body = status, {"Retry-After": "7"}, {"message": "You asked too much."}
 
 
-@pytest.mark.parametrize(
-    "row", rows_below(MANUAL, "| condition, or the upstream's status | status |")[:4], ids=lambda row: row[0]
-)
+FAILURES = rows_below(MANUAL, "| condition, or the upstream's status | status |")
+
+
+def test_the_sentences_for_failures_are_those_of_the_code() -> None:
+    assert [told.strip("`") for *_, told in FAILURES[4:]] == [TOO_LATE, FAILED, NO_SLOT]
+
+
+@pytest.mark.parametrize("row", FAILURES[:4], ids=lambda row: row[0])
 def test_a_failure_is_what_the_table_says(row: list[str]) -> None:
     cause, answered, told = row
     statuses = [int(status) for status in re.findall(r"\d{3}", cause)][: 1 if "other 4xx" in cause else None]
