@@ -34,10 +34,13 @@ class Lockstep:
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self.component_errors: list[BaseException] = []
+        # On the event loop:
         self._on_end = on_end  # called once, as soon as the answer is over: before its threads have ended
+        self._tasks: list[asyncio.Future[Any]] = []  # in which async components run
+        # Set on the event loop, read in the components' threads:
         self._is_over = False
         self._is_client_waiting = True  # for the next chunk
-        self._tasks: list[asyncio.Future[Any]] = []  # in which async components run
+        # In the components' threads, while they hold the condition:
         self._last_sent: dict[int, Any] = {}  # by the id of a component, as an Agent runs the same one again and again
         self._condition = threading.Condition()  # guards growing chunks; notified when one is read, and by `end`
 
