@@ -272,6 +272,9 @@ def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: U
         ask_all(checkout, upstream)
     assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
     assert not (checkout.folder / "pipelines").exists()
+    (checkout.folder / ".env").write_text("mine")
+    checkout.run(*[line for line in install if ".env" in line])
+    assert (checkout.folder / ".env").read_text() == "mine"
 
 
 def test_the_demo_is_cloned_printed_and_removed(tmp_path: Path, upstream: Upstream) -> None:
