@@ -350,6 +350,8 @@ def test_the_pod_is_what_kubernetes_takes_and_gets_the_status_it_needs(chat: Cha
     assert pod["terminationGracePeriodSeconds"] >= pause + streams + upstream.default
     assert f"TimeoutStopSec={pod['terminationGracePeriodSeconds']}" in block("ini", name="systemd")
     assert f"HAYHOOKS_GRACEFUL_SHUTDOWN_TIMEOUT={streams}" in block("ini", name="systemd")
+    [files] = re.findall(r"LimitNOFILE=(\d+)", block("ini", name="systemd"))
+    assert int(files) > 2 * Limits.model_fields["MAX_CONCURRENT_STREAMS"].default
     assert chat.http.get(container["readinessProbe"]["httpGet"]["path"]).status_code == 200
     with hayhooks(wrapper=EXAMPLE) as without_key:  # so the deploy fails
         client = Chat(without_key).http
@@ -420,15 +422,24 @@ def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstr
         wait_until(lambda: status_of(client) == 401, "nginx")
         preflight = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
         assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
+        for wrong in ("Bearer A-LONG-SECRETS", "Bearer x-A-LONG-SECRET", "A-LONG-SECRET"):
+            assert client.get("/v1/models", headers={"Authorization": wrong}).status_code == 401
         client.headers["Authorization"] = "Bearer A-LONG-SECRET"
         assert client.get("/v1/models").status_code == 200
         assert client.get("/deploy_files").status_code == client.get("/docs").status_code == 404
-        upstream.reply = Reply(gated=True)
         body = {"model": NAME, "messages": HI, "stream": True}
-        for _ in range(2):  # the second finds the first worker full, whichever it is
+        upstream.reply = Reply(gated=True)
+        with Chat(one).open():
+            upstream.reply = Reply()
+            for _ in range(2):  # one of them finds a full worker, and is passed on
+                assert client.post("/v1/chat/completions", json=body).status_code == 200
+        wait_until(lambda: Chat(one).post().is_success, "the slot")
+        upstream.reply = Reply(gated=True)
+        for _ in range(2):
             answer = streams.enter_context(client.stream("POST", "/v1/chat/completions", json=body))
             assert answer.status_code == 200
-        assert client.post("/v1/chat/completions", json=body).status_code == 503
+        for _ in range(3):  # and no 502, as full workers are not dead ones
+            assert client.post("/v1/chat/completions", json=body).status_code == 503
         for _ in range(6):
             upstream.release()
         upstream.reply = Reply()
