@@ -373,6 +373,8 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
         client = httpx.Client(base_url=checkout.url, timeout=60)
         assert client.post("/v1/chat/completions", json=body).json()["error"]["message"] == "Unauthorized"
         assert client.get("/hello").status_code == 401
+        preflight = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+        assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
         assert client.post("/deploy_files", json={}, headers={"Host": "x/status?"}).status_code == 401
         assert client.get(f"/status/{NAME}").status_code == 200
         assert not upstream.received
