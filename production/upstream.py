@@ -31,7 +31,7 @@ def tolerant(llm: Any) -> Any:
     def tolerant_create(**arguments: Any) -> Any:
         for limit, other in OTHER_LIMIT.items():  # upstreams refuse both, as when a request has not the default's name
             if limit in llm.generation_kwargs and other in arguments and other not in llm.generation_kwargs:
-                del arguments[limit]
+                arguments.pop(limit, None)
         if not arguments.get("stream"):
             return refusals.create_without_refused(create, arguments)
         arguments["stream_options"] = {"include_usage": True}  # traces also need the usage
