@@ -39,6 +39,7 @@ from production.response import NO_SLOT
 from production.settings import Limits
 
 HI = [{"role": "user", "content": "Hi"}]
+PREFLIGHT = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}  # of a browser
 LONG = Reply([f"{number} " for number in range(10_000)], pace=0.02)
 HAYSTACK = Version(importlib.metadata.version("haystack-ai"))
 NEEDS_2_31 = pytest.mark.skipif(Version("2.31") > HAYSTACK, reason="older Haystacks take no images in messages")
@@ -84,6 +85,12 @@ def served(shared_upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) 
         yield server
 
 
+def assert_it_hears_stop(upstream: Upstream) -> None:
+    """Check that a server, whose client has left, closes its first connection to the upstream."""
+    upstream.wait_until(lambda: upstream.received[0].over)
+    assert upstream.received[0].left
+
+
 def assert_it_serves(chat: Chat, upstream: Upstream) -> None:
     """Check that a pipeline streams, stops with its client, and tells it of a wrong key."""
     upstream.reply = Reply()
@@ -92,8 +99,7 @@ def assert_it_serves(chat: Chat, upstream: Upstream) -> None:
     upstream.reply = LONG
     with chat.open() as events:
         next(texts_of(events))
-    upstream.wait_until(lambda: upstream.received[0].over)
-    assert upstream.received[0].left
+    assert_it_hears_stop(upstream)
     upstream.reply = Reply(status=401, error={"error": {"message": "No."}})
     assert chat.post(stream=True).headers["x-should-retry"] == "false"
     upstream.forget()
@@ -139,8 +145,7 @@ def test_a_router_with_ollama_and_openai(upstream: Upstream) -> None:
         upstream.reply = replace(LONG, wire_format=ollama)
         with chat.open() as events:
             next(texts_of(events))
-        upstream.wait_until(lambda: upstream.received[0].over)
-        assert upstream.received[0].left
+        assert_it_hears_stop(upstream)
         upstream.reply = Reply()
         assert text_of(chat.events("long " * 50, temperature=0.5)) == "Hello, world!"
         assert upstream.received[-1].body["temperature"] == 0.5
@@ -273,7 +278,8 @@ def test_the_blocks_serve_the_example_and_ask_it(checkout: Checkout, upstream: U
     assert {received.headers["authorization"] for received in upstream.received} == {f"Bearer {KEY}"}
     assert not (checkout.folder / "pipelines").exists()
     (checkout.folder / ".env").write_text("mine")
-    checkout.run(*[line for line in install if ".env" in line])
+    [copy_example] = [line for line in install if ".env" in line]
+    checkout.run(copy_example)
     assert (checkout.folder / ".env").read_text() == "mine"
 
 
@@ -373,8 +379,7 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
         client = httpx.Client(base_url=checkout.url, timeout=60)
         assert client.post("/v1/chat/completions", json=body).json()["error"]["message"] == "Unauthorized"
         assert client.get("/hello").status_code == 401
-        preflight = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-        assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
+        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 200
         assert client.post("/deploy_files", json={}, headers={"Host": "x/status?"}).status_code == 401
         assert client.get(f"/status/{NAME}").status_code == 200
         assert not upstream.received
@@ -392,8 +397,7 @@ def test_the_app_authenticates_adds_openais_form_and_hears_stop(checkout: Checko
         upstream.reply = LONG
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             assert next(texts_of(events_of(response.iter_raw()))) == "0 "
-        upstream.wait_until(lambda: upstream.received[0].over)
-        assert upstream.received[0].left
+        assert_it_hears_stop(upstream)
 
 
 def test_systemd_knows_what_the_unit_says(tmp_path: Path) -> None:
@@ -422,8 +426,7 @@ def test_nginx_passes_what_clients_need_and_asks_the_next_worker(upstream: Upstr
         streams.callback(process.terminate)
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         wait_until(lambda: status_of(client) == 401, "nginx")
-        preflight = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-        assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
+        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 200
         for wrong in ("Bearer A-LONG-SECRETS", "Bearer x-A-LONG-SECRET", "A-LONG-SECRET"):
             assert client.get("/v1/models", headers={"Authorization": wrong}).status_code == 401
         client.headers["Authorization"] = "Bearer A-LONG-SECRET"
@@ -553,7 +556,7 @@ def test_the_costs_are_those_of_the_benchmark() -> None:
     versions = re.findall(r"(?:[a-z-]+|Python) (\d+\.\d+\.\d+)", report.split("\n\n")[1])
     assert versions
     assert all(version in README for version in versions)
-    ratios = re.findall(r"tokens per second of all streams,? to .*?\| \d+ \| ([\d.]+) \|", report)
+    ratios = re.findall(r"tokens per second of all streams, to .*?\| \d+ \| ([\d.]+) \|", report)
     printed = [f"{one}, {two} and {three}" for one, two, three in zip(*[iter(ratios)] * 3, strict=True)]
     assert printed
     assert all(figures in README for figures in printed)
